@@ -1,0 +1,1 @@
+"""Fused operations of the streaming DiT: plain definitions, Triton kernels, and their dispatch."""

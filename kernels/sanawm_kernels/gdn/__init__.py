@@ -1,0 +1,1 @@
+"""Gated delta network over the frames of a chunk, main and camera branches."""

@@ -1,0 +1,1 @@
+"""Torch definition of the model and checkpoint loading."""
