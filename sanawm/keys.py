@@ -7,9 +7,11 @@ implementations; of the VAE: LTX-2 in diffusers; of the text encoder: Gemma-2 in
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from sanawm.config import DiTConfig, TextConfig, VAEConfig
 from sanawm.errors import CheckpointError, UserError
@@ -23,8 +25,9 @@ FRAME_TAPS = 3  # temporal convolution of the feed-forward network
 IGNORED = ("pos_embed", "y_embedder.y_embedding")
 
 _TO_DIFFUSERS = (("t_embedder.mlp.0.", "t_embedder.linear_1."), ("t_embedder.mlp.2.", "t_embedder.linear_2."))
-# A tensor that every stage-1 checkpoint has; what stands before it in a file is that file's prefix.
-_ANCHOR = "x_embedder.proj.weight"
+# Tensors that every stage-1 checkpoint has once; what stands before the first one found is the file's prefix.
+_ANCHORS = ("x_embedder.proj.weight", "t_block.1.weight", "final_layer.linear.weight")
+_BLOCK = re.compile(r"blocks\.([0-9]{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ def vae_tensors(config: VAEConfig) -> Tensors:
     Raises UserError where the widths are not those of an LTX-2 VAE (each decoder width twice the one before).
     """
     widths = config.decoder_widths[::-1]
-    if any(a != 2 * b for a, b in zip(widths, widths[1:])):
-        raise UserError(f"VAE decoder widths must double from one to the next, found {config.decoder_widths}; correct the VAE configuration")
+    if any(a != 2 * b for a, b in pairwise(widths)):
+        raise UserError(f"VAE decoder widths must double from one to the next, found {config.decoder_widths}; correct the configuration")
     pixels = 3 * config.patch**2
     # Stride products of the encoder's downsamplers: space, time, both, both.
     strides = (4, 2, 8, 8)
@@ -204,13 +207,16 @@ def to_official(name: str) -> str:
 
 
 def stored_prefix(names: Iterable[str]) -> str:
-    """What a file prepends to the transformer's names: "" as a rule, "model." in the streaming checkpoint, "weights." in recorded vectors."""
-    found = sorted(name.removesuffix(_ANCHOR) for name in names if name.endswith(_ANCHOR))
-    if len(found) > 1:
-        raise CheckpointError(
-            f"expected one transformer in the file, found {len(found)} under the prefixes {', '.join(map(repr, found))}; give a file with only one"
-        )
-    return found[0] if found else ""
+    """What a file puts before the transformer's names: "" as a rule, "model." in the streaming checkpoint, "weights." in recorded vectors.
+
+    Raises CheckpointError where there is more than one transformer.
+    """
+    names = list(names)
+    found = [[name.removesuffix(anchor) for name in names if name.endswith(anchor)] for anchor in _ANCHORS]
+    if several := next((sorted(prefixes) for prefixes in found if len(prefixes) > 1), None):
+        prefixes = ", ".join(map(repr, several))
+        raise CheckpointError(f"expected one transformer in the file, found {len(several)} under {prefixes}; give a file with only one")
+    return next((prefixes[0] for prefixes in found if prefixes), "")
 
 
 @dataclass(frozen=True)
@@ -262,7 +268,18 @@ def infer_dit_config(shapes: Mapping[str, Shape], *, what: str = "the checkpoint
     What shapes do not tell keeps its default: the latent grid, the number of text tokens, cross-attention heads (then as many as attention
     heads), and the switches between implementations. Raises CheckpointError with a report of what differs where no configuration fits.
     """
-    blocks = {int(parts[1]) for name in shapes if (parts := name.split("."))[0] == "blocks" and len(parts) > 2 and parts[1].isdigit()}
+    config = fit_dit_config(shapes, what=what)
+    if diff := difference(dit_tensors(config), shapes):
+        raise CheckpointError(diff.report(what, "Use a complete stage-1 SANA-WM checkpoint; `sanawm checkpoint inspect` lists its parts."))
+    return config
+
+
+def fit_dit_config(shapes: Mapping[str, Shape], *, what: str = "the checkpoint") -> DiTConfig:
+    """Like `infer_dit_config`, but of an incomplete or damaged set the configuration with the fewest differences.
+
+    Raises CheckpointError only where the sizes cannot be told.
+    """
+    blocks = {int(match[1]) for name in shapes if (match := _BLOCK.match(name))}
 
     def dim(suffix: str, axis: int) -> int:
         # The commonest value: one wrong tensor is then reported as such instead of spoiling the inference.
@@ -273,13 +290,15 @@ def infer_dit_config(shapes: Mapping[str, Shape], *, what: str = "the checkpoint
 
     hidden, heads = dim(".attn.output_gate.weight", 0), dim(".attn.beta_proj.weight", 0)
     if hidden % heads:
-        raise CheckpointError(f"{what} has width {hidden} and {heads} attention heads, which do not divide it; expected a SANA-WM checkpoint")
-    depth = max(blocks) + 1
+        raise CheckpointError(f"{what} has width {hidden}, which its {heads} attention heads do not divide; expected a SANA-WM checkpoint")
+    depth = max(blocks, default=-1) + 1
+    if not 0 < depth <= len(shapes):
+        raise CheckpointError(f"{what} has {len(shapes)} tensors and {depth} as its number of blocks; expected a SANA-WM checkpoint")
     base = DiTConfig()
     has_conv = any(name.endswith(".attn.conv_k.weight") for name in shapes)
     try:
         config = DiTConfig(
-            in_channels=dim(_ANCHOR, 1),
+            in_channels=dim(_ANCHORS[0], 1),
             hidden=hidden,
             depth=depth,
             head_dim=hidden // heads,
@@ -296,7 +315,4 @@ def infer_dit_config(shapes: Mapping[str, Shape], *, what: str = "the checkpoint
     # Softmax blocks are those without a short convolution. The period that explains most names wins, the official one among equals.
     periods = sorted(range(1, depth + 2), key=lambda n: n != base.softmax_every)
     fits = [replace(config, softmax_every=period) for period in periods]
-    config = min(fits, key=lambda c: len(difference(dit_tensors(c), shapes)))
-    if diff := difference(dit_tensors(config), shapes):
-        raise CheckpointError(diff.report(what, "Use a complete stage-1 SANA-WM checkpoint; `sanawm checkpoint inspect` lists its parts."))
-    return config
+    return min(fits, key=lambda c: len(difference(dit_tensors(c), shapes)))

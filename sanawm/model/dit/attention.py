@@ -124,7 +124,7 @@ class SoftmaxAttention(SelfAttention):
         mask = _block_causal_mask(chunks, N, u.device) if len(chunks) > 1 else None
         main = attend(q, keys["k"], keys["v"], config.main_scale, mask)
         cam = attend(qc, keys["cam_k"], keys["cam_v"], config.camera_scale, mask)
-        cam = ops.ucpe(cam.unflatten(-1, (H, -1)), camera.rays, cos, -sin).flatten(-2).to(u.dtype)
+        cam = ops.ucpe(wide(cam).unflatten(-1, (H, -1)), camera.rays, cos, -sin).flatten(-2).to(u.dtype)
         return self.merge(u, main, cam), fields
 
 
@@ -153,4 +153,5 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BNC: Tensor, keys: Tensor, values: Tensor, mask_BL: Tensor) -> Tensor:
         q = rms_norm(self.q_linear(x_BNC), self.q_norm.weight, CROSS_NORM_EPS).to(x_BNC.dtype).unflatten(-1, (self.heads, -1))
-        return self.proj(attend(q, keys, values, q.shape[-1] ** -0.5, mask_BL[:, None, None, :]))
+        mask = mask_BL[:, None, None, :].expand(-1, -1, x_BNC.shape[1], -1)
+        return self.proj(attend(q, keys, values, q.shape[-1] ** -0.5, mask))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sanawm.camera.rope import rope_grid
 from sanawm.config import DiTConfig
 
 
@@ -77,18 +78,14 @@ def ray_matrices(camera_BT20: Tensor, height: int, width: int, dtype: torch.dtyp
     return rays, inverse
 
 
-def rope_tables(config: DiTConfig, time_cos: Tensor, time_sin: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rope_tables(config: DiTConfig, time_cos: Tensor, time_sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rotary tables of a chunk's tokens from its frames' time tables.
 
     time_cos, time_sin (T, time pairs). Returns cos, sin (N, D/2) and the camera branch's (N, D/4): the first frequencies of each axis,
-    sliced from the main table. Row and column angles are computed in float64.
+    sliced from the main table.
     """
-    T = time_cos.shape[0]
+    T, height, width = time_cos.shape[0], config.height, config.width
     pairs, cam_pairs = config.rope_pairs, config.camera_rope_pairs
-
-    def axis(count: int, n: int) -> Tensor:
-        frequency = config.rope_theta ** (-torch.arange(n, dtype=torch.float64) / n)
-        return torch.arange(count, dtype=torch.float64)[:, None] * frequency
 
     def spread(time: Tensor, rows: Tensor, columns: Tensor, keep: tuple[int, int, int]) -> Tensor:
         parts = (
@@ -98,9 +95,10 @@ def rope_tables(config: DiTConfig, time_cos: Tensor, time_sin: Tensor, height: i
         )
         return torch.cat(parts, -1).flatten(0, 2)
 
-    rows, columns = axis(height, pairs[1]), axis(width, pairs[2])
     to = {"dtype": time_cos.dtype, "device": time_cos.device}
-    row_cos, row_sin, column_cos, column_sin = rows.cos().to(**to), rows.sin().to(**to), columns.cos().to(**to), columns.sin().to(**to)
+    row_table, column_table = rope_grid(config)
+    row_cos, row_sin = (torch.from_numpy(t).to(**to) for t in row_table)
+    column_cos, column_sin = (torch.from_numpy(t).to(**to) for t in column_table)
     return (
         spread(time_cos, row_cos, column_cos, pairs),
         spread(time_sin, row_sin, column_sin, pairs),

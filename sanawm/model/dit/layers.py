@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,12 +53,13 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, hidden: int, width: int = 256) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
-        self.width = width
+        half = width // 2
+        # A constant and not part of the graph: at t = 1000 one unit in the last place of a frequency is 6e-5 radians.
+        self.frequency = torch.exp(torch.arange(half, dtype=torch.float32, device="cpu") * (-math.log(10000.0) / half)).numpy()
 
     def forward(self, timestep: Tensor) -> Tensor:
         """timestep (...,) float, truncated to an integer as in training -> (..., hidden)."""
-        half = self.width // 2
-        frequency = torch.exp(torch.arange(half, dtype=torch.float32, device=timestep.device) * (-torch.log(torch.tensor(10000.0)) / half))
+        frequency = torch.from_numpy(self.frequency).to(timestep.device)
         angle = torch.trunc(timestep.float())[..., None] * frequency
         weight = self.mlp[0].weight
         return self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(weight.dtype))

@@ -101,7 +101,7 @@ class SanaWM(nn.Module):
         if camera_BT20.dtype == torch.float64:
             geometry = torch.float64
         rays, inverse = ray_matrices(camera_BT20, h, w, geometry)
-        cos, sin, cam_cos, cam_sin = rope_tables(self.config, time_cos, time_sin, h, w)
+        cos, sin, cam_cos, cam_sin = rope_tables(self.config, time_cos, time_sin)
         p = self.plucker_embedder(plucker_B48Thw.to(self.dtype))
         return CameraFeatures(rays, inverse, cos, sin, cam_cos, cam_sin, tuple(block.plucker_proj(p) for block in self.blocks))
 

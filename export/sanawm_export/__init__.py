@@ -1,0 +1,1 @@
+"""From checkpoint to engine bundle: ONNX programs, engines, `build-engine`."""

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation of the Triton kernels, for any architecture and without a GPU."""

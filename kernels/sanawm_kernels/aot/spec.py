@@ -1,0 +1,124 @@
+"""What to compile: one record per kernel variant, and the list of all variants the model needs.
+
+A package of kernels takes part by having a module `variants` with `variants(sizes: ModelSizes, target: int) -> list[KernelVariant]`.
+Importing this module, or a package's `variants`, needs neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sanawm_kernels
+from sanawm_kernels.aot import grid
+
+# Compute capabilities (major * 10 + minor) the kernels are written for.
+TARGETS = (80, 86, 89, 90, 100, 103, 120, 121)
+
+_TYPE = re.compile(r"(\*(bf16|fp16|fp32|fp64|fp8e4nv|fp8e5|u8|i8|i32|i64)|bf16|fp16|fp32|fp64|i1|i8|i32|u32|i64)(:16)?")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes that decide which variants exist; the defaults are the official 2.6B model streaming at 704x1280.
+
+    `frames` lists the chunk lengths that occur (first, steady), `cached` the cached key lengths of the softmax window in frames.
+    """
+
+    hidden: int = 2240
+    head_dim: int = 112
+    height: int = 22
+    width: int = 40
+    frames: tuple[int, ...] = (3, 4)
+    cached: tuple[int, ...] = (0, 4, 7)
+    mlp_ratio: int = 3
+    text_tokens: int = 300
+    caption_channels: int = 2304
+    latent_channels: int = 128
+    plucker_channels: int = 48
+    batch: int = 1
+    rms_clamp: bool = False
+    camera_conv_tail: bool = True
+
+    @property
+    def heads(self) -> int:
+        return self.hidden // self.head_dim
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.height * self.width
+
+    @property
+    def glu_width(self) -> int:
+        return self.hidden * self.mlp_ratio
+
+
+@dataclass(frozen=True)
+class KernelVariant:
+    """One kernel, specialised and ready to be compiled.
+
+    name: unique, stable, dotted (`gdn.summarize.d112.bf16`); the launcher looks it up.
+    kernel: import path of the `@triton.jit` function, `module:function`.
+    signature: the run-time arguments in the kernel's order and their Triton types; `:16` promises an address aligned to 16 bytes, or an
+        integer that is a multiple of 16 (`*bf16:16`, `i32:16`). The launcher must keep the promise.
+    constexprs: every other parameter and its value.
+    grid: three grid rules (see `sanawm_kernels.aot.grid`) over integer arguments, integer constexprs and `grid_sizes`.
+    grid_sizes: names the grid needs that the kernel does not take; the launcher supplies them.
+    options: further compiler options (`maxnreg`, `num_ctas`, `enable_fp_fusion`).
+    hot: spills of this variant fail the build on sm_90 and sm_120 unless `spill_reason` says why they are accepted.
+    """
+
+    name: str
+    kernel: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    grid: tuple[str, str, str]
+    num_warps: int = 4
+    num_stages: int = 2
+    grid_sizes: tuple[str, ...] = ()
+    targets: tuple[int, ...] = TARGETS
+    options: Mapping[str, Any] = field(default_factory=dict)
+    hot: bool = False
+    spill_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9_]+(\.[a-z0-9_]+)+", self.name):
+            raise ValueError(f"kernel variant name '{self.name}' must be dotted lower-case words")
+        if self.kernel.count(":") != 1:
+            raise ValueError(f"{self.name}: kernel '{self.kernel}' must be 'module:function'")
+        for argument, kind in self.signature.items():
+            if not _TYPE.fullmatch(kind):
+                raise ValueError(f"{self.name}: argument {argument} has unknown type '{kind}'")
+        if both := sorted(set(self.signature) & set(self.constexprs)):
+            raise ValueError(f"{self.name}: {', '.join(both)} given both as arguments and as constants")
+        integers = {a for a, kind in self.signature.items() if kind.split(":")[0] in ("i32", "i64", "u32")}
+        integers |= {c for c, value in self.constexprs.items() if isinstance(value, int)}
+        for rule in self.grid:
+            if unknown := sorted(grid.names(rule) - integers - set(self.grid_sizes)):
+                raise ValueError(f"{self.name}: grid rule '{rule}' names {', '.join(unknown)}, neither integer arguments nor in grid_sizes")
+
+    def launch_grid(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
+        """Grid for run-time sizes; integer constexprs are known already."""
+        known = {c: value for c, value in self.constexprs.items() if isinstance(value, int)} | dict(sizes)
+        x, y, z = (grid.evaluate(rule, known) for rule in self.grid)
+        return x, y, z
+
+
+def all_variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
+    """Every variant the model needs on compute capability `target`, sorted by name; ValueError if two share a name."""
+    found: dict[str, KernelVariant] = {}
+    for package in sorted(m.name for m in pkgutil.iter_modules(sanawm_kernels.__path__, "sanawm_kernels.") if m.ispkg):
+        module = f"{package}.variants"
+        if importlib.util.find_spec(module) is None:
+            continue
+        for variant in importlib.import_module(module).variants(sizes, target):
+            if variant.name in found:
+                raise ValueError(f"two kernel variants are named {variant.name}")
+            if target in variant.targets:
+                found[variant.name] = variant
+    return [found[name] for name in sorted(found)]

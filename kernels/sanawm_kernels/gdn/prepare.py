@@ -1,0 +1,136 @@
+"""Triton pre-pass of the gated delta network: what needs all channels of a token.
+
+One program handles one spatial position with all frames of the chunk: the short convolution reads every raw key once. It writes the
+reciprocal RMS of each query, and either the finished keys (convolved, normalised, rectified, scaled) in the projections' dtype or only their
+reciprocal RMS, for kernels that convolve again and round nothing on the way.
+
+The C channels are covered by a tile of C0 (the largest power of two within C) and one of C1: 2240 = 2048 + 192, of which 3 % is masked.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _raw_frames(k, tail, inside, T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, k_row, HAS_TAIL: tl.constexpr):
+    """Raw keys at one position as a tuple of T + 3 rows: the three frames before the chunk, then the chunk."""
+    rows = ()
+    for i in tl.static_range(3):
+        if HAS_TAIL:
+            rows = rows + (tl.load(tail + i * S * C, mask=inside, other=0.0),)
+        else:
+            rows = rows + (tl.zeros(inside.shape, tail.dtype.element_ty),)
+    for t in tl.static_range(T):
+        rows = rows + (tl.load(k + t * S * k_row, mask=inside, other=0.0),)
+    return rows
+
+
+@triton.jit
+def _taps(conv, channel, inside, WIDTH: tl.constexpr):
+    """The four taps of each channel, w0 to w3, from (C, 4)."""
+    tap = tl.arange(0, 4)[None, :]
+    w = tl.load(conv + channel[:, None] * 4 + tap, mask=inside[:, None], other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(w, (WIDTH, 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _filtered(rows, w, t: tl.constexpr, T: tl.constexpr, CARRY: tl.constexpr):
+    """Symmetric 7-tap filter of frame t; the left half reaches before the chunk only with CARRY."""
+    y = w[3] * rows[t + 3].to(tl.float32)
+    for j in tl.static_range(1, 4):
+        if CARRY or t - j >= 0:
+            y += w[3 - j] * rows[t + 3 - j].to(tl.float32)
+        if t + j < T:
+            y += w[3 - j] * rows[t + 3 + j].to(tl.float32)
+    return y
+
+
+@triton.jit
+def _query_scale(q, inside0, inside1, channel0, channel1, C: tl.constexpr, C1: tl.constexpr, EPS: tl.constexpr):
+    x = tl.load(q + channel0, mask=inside0, other=0.0).to(tl.float32)
+    total = tl.sum(x * x, 0)
+    if C1 > 0:
+        y = tl.load(q + channel1, mask=inside1, other=0.0).to(tl.float32)
+        total += tl.sum(y * y, 0)
+    return tl.rsqrt(total / C + EPS)
+
+
+@triton.jit
+def _prepare_branch(
+    q, k, k_norm, conv, tail_in, tail_out, keys, q_scale, k_scale, position, batch, row, batch_stride,
+    T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EPS: tl.constexpr, KEY_SCALE: tl.constexpr,
+    HAS_STATE: tl.constexpr, CARRY: tl.constexpr, COMMIT: tl.constexpr, STORE_KEYS: tl.constexpr,
+):  # fmt: skip
+    channel0 = tl.arange(0, C0)
+    channel1 = C0 + tl.arange(0, C1 if C1 > 0 else 16)
+    inside0, inside1 = channel0 < C, channel1 < C
+    row = row.to(tl.int64)
+    first = batch * batch_stride + position * row
+    scale = batch * (T * S) + position
+    for t in tl.static_range(T):
+        inverse = _query_scale(q + first + t * S * row, inside0, inside1, channel0, channel1, C, C1, EPS)
+        tl.store(q_scale + scale + t * S, inverse)
+
+    tail = (batch.to(tl.int64) * 3 * S + position) * C
+    rows0 = _raw_frames(k + first + channel0, tail_in + tail + channel0, inside0, T, S, C, row, HAS_STATE)
+    w0 = _taps(conv, channel0, inside0, C0)
+    norm0 = tl.load(k_norm + channel0, mask=inside0, other=0.0).to(tl.float32) * KEY_SCALE
+    if C1 > 0:
+        rows1 = _raw_frames(k + first + channel1, tail_in + tail + channel1, inside1, T, S, C, row, HAS_STATE)
+        w1 = _taps(conv, channel1, inside1, C1)
+        norm1 = tl.load(k_norm + channel1, mask=inside1, other=0.0).to(tl.float32) * KEY_SCALE
+    key = (batch.to(tl.int64) * (T * S) + position) * C
+    for t in tl.static_range(T):
+        y0 = _filtered(rows0, w0, t, T, CARRY and HAS_STATE)
+        total = tl.sum(y0 * y0, 0)
+        if C1 > 0:
+            y1 = _filtered(rows1, w1, t, T, CARRY and HAS_STATE)
+            total += tl.sum(y1 * y1, 0)
+        inverse = tl.rsqrt(total / C + EPS)
+        if STORE_KEYS:
+            to = keys + key + t * S * C
+            tl.store(to + channel0, tl.maximum(y0 * inverse * norm0, 0.0).to(keys.dtype.element_ty), mask=inside0)
+            if C1 > 0:
+                tl.store(to + channel1, tl.maximum(y1 * inverse * norm1, 0.0).to(keys.dtype.element_ty), mask=inside1)
+        else:
+            tl.store(k_scale + scale + t * S, inverse)
+    if COMMIT:
+        # The tail may be updated in place: every row of it has been read above, by all threads after this barrier.
+        tl.debug_barrier()
+        for i in tl.static_range(3):
+            tl.store(tail_out + tail + i * S * C + channel0, rows0[T + i], mask=inside0)
+            if C1 > 0:
+                tl.store(tail_out + tail + i * S * C + channel1, rows1[T + i], mask=inside1)
+
+
+@triton.jit
+def prepare(
+    main_q, main_k, main_k_norm, main_conv, main_tail_in, main_tail_out, main_row, main_batch,
+    camera_q, camera_k, camera_k_norm, camera_conv, camera_tail_in, camera_tail_out, camera_row, camera_batch,
+    keys, q_scale, k_scale,
+    B: tl.constexpr, T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EPS: tl.constexpr,
+    KEY_SCALE: tl.constexpr, MAIN: tl.constexpr, CAMERA: tl.constexpr, CAMERA_CARRY: tl.constexpr,
+    HAS_STATE: tl.constexpr, COMMIT: tl.constexpr, STORE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Grid (S, B, branches). Scratch: keys (2, B, N, C), q_scale and k_scale (2, B, N) float32; index 0 is the camera branch, 1 the main."""
+    position, batch, branch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if CAMERA:
+        if branch == 0:
+            _prepare_branch(
+                camera_q, camera_k, camera_k_norm, camera_conv, camera_tail_in, camera_tail_out, keys, q_scale, k_scale,
+                position, batch, camera_row, camera_batch,
+                T, S, C, C0, C1, EPS, KEY_SCALE, HAS_STATE, CAMERA_CARRY, COMMIT, STORE_KEYS,
+            )  # fmt: skip
+    if MAIN:
+        if branch == CAMERA:
+            _prepare_branch(
+                main_q, main_k, main_k_norm, main_conv, main_tail_in, main_tail_out,
+                keys + tl.cast(B * T * S, tl.int64) * C, q_scale + B * T * S, k_scale + B * T * S,
+                position, batch, main_row, main_batch,
+                T, S, C, C0, C1, EPS, KEY_SCALE, HAS_STATE, True, COMMIT, STORE_KEYS,
+            )  # fmt: skip

@@ -1,0 +1,88 @@
+"""Triton building blocks of the gated delta network: rotations, UCPE, gates, products.
+
+Shapes: R tokens of a tile, P head width padded to a power of two, D head width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b. `bf16` rounds the operands for the tensor cores; `tf32`, `tf32x3` and `ieee` take them as float32."""
+    if PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def rotate_pairs(x, cos, sin, R: tl.constexpr, P: tl.constexpr):
+    """Adjacent channel pairs of x (R, P) times exp(i * angle); cos, sin (R, P/2)."""
+    even, odd = tl.split(tl.reshape(x, (R, P // 2, 2)))
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (R, P))
+
+
+@triton.jit
+def _matrix_entry(matrix, valid, I: tl.constexpr, J: tl.constexpr, TRANSPOSE: tl.constexpr):
+    return tl.load(matrix + (4 * J + I if TRANSPOSE else 4 * I + J), mask=valid, other=0.0)[:, None]
+
+
+@triton.jit
+def _matrix_row(c0, c1, c2, c3, matrix, valid, I: tl.constexpr, TRANSPOSE: tl.constexpr):
+    y = _matrix_entry(matrix, valid, I, 0, TRANSPOSE) * c0 + _matrix_entry(matrix, valid, I, 1, TRANSPOSE) * c1
+    return y + _matrix_entry(matrix, valid, I, 2, TRANSPOSE) * c2 + _matrix_entry(matrix, valid, I, 3, TRANSPOSE) * c3
+
+
+@triton.jit
+def ucpe(x, matrix, valid, cos, sin, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TRANSPOSE: tl.constexpr):
+    """Unified camera positional encoding of x (R, P).
+
+    Groups of four channels in the first half of the head are multiplied by the token's 4x4 matrix (`matrix`: R pointers; its transpose with
+    TRANSPOSE), pairs in the second half are rotated by cos, sin (R, P/2), which hold zeros for the pairs of the first half.
+    Groups stay in one thread: no data moves between threads.
+    """
+    even, odd = tl.split(tl.reshape(x, (R, P // 4, 2, 2)))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    cos_01, cos_23 = tl.split(tl.reshape(cos, (R, P // 4, 2)))
+    sin_01, sin_23 = tl.split(tl.reshape(sin, (R, P // 4, 2)))
+    first = (tl.arange(0, P // 4) < D // 8)[None, :]
+    y0 = tl.where(first, _matrix_row(c0, c1, c2, c3, matrix, valid, 0, TRANSPOSE), c0 * cos_01 - c1 * sin_01)
+    y1 = tl.where(first, _matrix_row(c0, c1, c2, c3, matrix, valid, 1, TRANSPOSE), c0 * sin_01 + c1 * cos_01)
+    y2 = tl.where(first, _matrix_row(c0, c1, c2, c3, matrix, valid, 2, TRANSPOSE), c2 * cos_23 - c3 * sin_23)
+    y3 = tl.where(first, _matrix_row(c0, c1, c2, c3, matrix, valid, 3, TRANSPOSE), c2 * sin_23 + c3 * cos_23)
+    return tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (R, P))
+
+
+@triton.jit
+def rms_clamp(after, before, D: tl.constexpr):
+    """Scale the rows of `after` (R, P) down to the root mean square of `before`'s where it is larger."""
+    rms_before = tl.sqrt(tl.sum(before * before, 1) / D + 1e-6)
+    rms_after = tl.maximum(tl.sqrt(tl.sum(after * after, 1) / D + 1e-6), 1e-6)
+    return after * tl.minimum(rms_before / rms_after, 1.0)[:, None]
+
+
+@triton.jit
+def rotary_tile(table, token, valid, P: tl.constexpr, D: tl.constexpr):
+    """Rows `token` of a (N, D/2) table as (R, P/2)."""
+    pair = tl.arange(0, P // 2)[None, :]
+    return tl.load(table + token[:, None] * (D // 2) + pair, mask=valid[:, None] & (pair < D // 2), other=0.0)
+
+
+@triton.jit
+def camera_rotary_tile(table, token, valid, P: tl.constexpr, D: tl.constexpr):
+    """Rows `token` of a (N, D/4) table as (R, P/2), at the pairs of the head's second half."""
+    pair = tl.arange(0, P // 2)[None, :]
+    inside = valid[:, None] & (pair >= D // 4) & (pair < D // 2)
+    return tl.load(table + token[:, None] * (D // 4) + pair - D // 4, mask=inside, other=0.0)
+
+
+@triton.jit
+def decay_factor(logits, A_log, dt_bias):
+    """exp(-exp(A_log) * softplus(logits + dt_bias)), all float32 scalars."""
+    x = logits + dt_bias
+    softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(tl.minimum(x, 20.0))))
+    return tl.exp(-tl.exp(A_log) * softplus)

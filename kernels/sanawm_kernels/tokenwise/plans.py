@@ -1,0 +1,145 @@
+"""How each token-wise kernel is specialised: constants, grid, warps. One function a kernel, used by the wrappers and by `variants` alike.
+
+Nothing here needs torch or triton. Types are Triton's names ("bf16", "fp32"); a quantization is None, "fp8", "fp8_rows" or "nvfp4".
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from sanawm_kernels.aot.spec import KernelVariant
+
+QUANT_CODES = {None: 0, "fp8": 1, "fp8_rows": 2, "nvfp4": 3}
+ROWS = "sanawm_kernels.tokenwise.rows"
+# The first architecture with e2m1 conversion instructions.
+NATIVE_FP4 = 100
+
+
+def cover(channels: int) -> tuple[int, int]:
+    """Two power-of-two tiles over a row: the largest within it, and the smallest (at least 16) over the rest, 0 if nothing rests."""
+    first = 1 << (channels.bit_length() - 1)
+    rest = channels - first
+    return first, max(16, 1 << (rest - 1).bit_length()) if rest else 0
+
+
+def pointer(kind: str | None) -> str | None:
+    """Signature entry of a 16-byte aligned pointer, None for an absent operand."""
+    return None if kind is None else f"*{kind}:16"
+
+
+def stride(channels: int) -> str:
+    """Signature entry of a row stride: a multiple of 16 where the rows' length is one, so that rows can be read 16 bytes at a time."""
+    return "i32:16" if channels % 16 == 0 else "i32"
+
+
+def arguments(entries: dict[str, str | None]) -> tuple[dict[str, str], dict[str, None]]:
+    """Signature of the present operands, and None constants for the absent ones."""
+    return {name: kind for name, kind in entries.items() if kind is not None}, {name: None for name, kind in entries.items() if kind is None}
+
+
+def quant_entries(quant: str | None) -> dict[str, str | None]:
+    """Signature entries of a kernel's quantized outputs."""
+    codes = {None: None, "fp8": "*fp8e4nv:16", "fp8_rows": "*fp8e4nv:16", "nvfp4": "*u8:16"}[quant]
+    scales = {None: None, "fp8": None, "fp8_rows": "*fp32:16", "nvfp4": "*fp8e4nv:16"}[quant]
+    return {"codes": codes, "scales": scales, "quant_scale": "*fp32" if quant in ("fp8", "nvfp4") else None}
+
+
+def quant_name(quant: str | None, swizzled: bool, keep: bool) -> str:
+    """Suffix of a variant's name that says what it writes."""
+    if quant is None:
+        return ""
+    return f".{quant}{'_swizzled' if swizzled else ''}{'_keep' if keep else ''}"
+
+
+def _row_warps(channels: int) -> int:
+    return 4 if channels >= 1024 else 1
+
+
+@lru_cache(maxsize=None)
+def update_rows(
+    kind: str,
+    channels: int,
+    tokens: int,
+    *,
+    branch: bool = False,
+    gate: bool = False,
+    extra: bool = False,
+    modulate: bool = False,
+    modulation: str = "bf16",
+    keep: bool = True,
+    quant: str | None = None,
+    swizzled: bool = False,
+    native: bool = False,
+    eps: float = 1e-6,
+) -> KernelVariant:
+    """Residual update, modulation, quantization of rows; `modulation` is the dtype of gate, shift and scale, `keep` stores the plain result."""
+    stream = branch or extra
+    entries: dict[str, str | None] = {"x": pointer(kind), "x_row": stride(channels)}
+    for name, present, dtype in (("branch", branch, kind), ("gate", gate, modulation), ("extra", extra, kind)):
+        entries |= {name: pointer(dtype if present else None), f"{name}_row": stride(channels) if present else None}
+    for name in ("shift", "scale"):
+        entries |= {name: pointer(modulation if modulate else None), f"{name}_row": stride(channels) if modulate else None}
+    entries |= {"stream": pointer(kind if stream else None), "out": pointer(kind if keep and modulate else None)}
+    entries |= quant_entries(quant)
+    signature, absent = arguments(entries)
+    c0, c1 = cover(channels)
+    constants = {"TOKENS": tokens, "C": channels, "C0": c0, "C1": c1, "EPS": eps, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native}
+    parts = [name for name, on in (("gated", gate), ("branch", branch and not gate), ("extra", extra), ("modulate", modulate)) if on]
+    return KernelVariant(
+        name=f"tokenwise.rows.c{channels}.{'_'.join(parts) or 'quantize'}.{kind}{quant_name(quant, swizzled, keep and modulate)}",
+        kernel=f"{ROWS}:update_rows",
+        signature=signature,
+        constexprs=absent | constants,
+        grid=("ROWS", "1", "1"),
+        grid_sizes=("ROWS",),
+        num_warps=_row_warps(channels),
+        num_stages=1,
+        targets=_targets(quant),
+        hot=True,
+    )
+
+
+@lru_cache(maxsize=None)
+def gate_rows(
+    kind: str, channels: int, *, camera: bool = True, keep: bool = True, quant: str | None = None, swizzled: bool = False, native: bool = False
+) -> KernelVariant:
+    """Output gate of the sum of branches."""
+    entries: dict[str, str | None] = {"main": pointer(kind), "main_row": stride(channels)}
+    entries |= {"camera": pointer(kind if camera else None), "camera_row": stride(channels) if camera else None}
+    entries |= {"gate": pointer(kind), "gate_row": stride(channels), "out": pointer(kind if keep else None)} | quant_entries(quant)
+    signature, absent = arguments(entries)
+    c0, c1 = cover(channels)
+    return KernelVariant(
+        name=f"tokenwise.output_gate.c{channels}.{'sum' if camera else 'main'}.{kind}{quant_name(quant, swizzled, keep)}",
+        kernel=f"{ROWS}:gate_rows",
+        signature=signature,
+        constexprs=absent | {"C": channels, "C0": c0, "C1": c1, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native},
+        grid=("ROWS", "1", "1"),
+        grid_sizes=("ROWS",),
+        num_warps=_row_warps(channels),
+        num_stages=1,
+        targets=_targets(quant),
+        hot=True,
+    )
+
+
+@lru_cache(maxsize=None)
+def norm_rows(kind: str, weight: str, channels: int, eps: float) -> KernelVariant:
+    """Root-mean-square norm of rows; `weight` is the dtype of the weight."""
+    c0, c1 = cover(channels)
+    return KernelVariant(
+        name=f"tokenwise.rms_norm.c{channels}.{kind}",
+        kernel=f"{ROWS}:norm_rows",
+        signature={"x": f"*{kind}:16", "x_row": stride(channels), "weight": f"*{weight}:16", "out": f"*{kind}:16"},
+        constexprs={"C": channels, "C0": c0, "C1": c1, "EPS": eps},
+        grid=("ROWS", "1", "1"),
+        grid_sizes=("ROWS",),
+        num_warps=_row_warps(channels),
+        num_stages=1,
+        hot=True,
+    )
+
+
+def _targets(quant: str | None) -> tuple[int, ...]:
+    """e4m3 conversions start at compute capability 8.9."""
+    return (80, 86, 89, 90, 100, 103, 120, 121) if quant is None else (89, 90, 100, 103, 120, 121)
