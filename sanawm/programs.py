@@ -8,7 +8,7 @@ and values to every later chunk as `sink.*`. Shapes are static; the three kinds 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sanawm.config import DiTConfig, WorldConfig
@@ -139,6 +139,11 @@ def _text_outputs(geometry: Geometry) -> list[TensorSpec]:
     ]
 
 
+def _text(geometry: Geometry) -> TensorSpec:
+    config = geometry.config.dit
+    return TensorSpec("text", geometry.dtype, (1, config.text_tokens, config.caption_channels), "text embedding")
+
+
 def _text_mask(geometry: Geometry) -> TensorSpec:
     return TensorSpec("text_mask", "bool", (1, geometry.config.dit.text_tokens), "true on real text tokens")
 
@@ -149,14 +154,12 @@ def _latents(geometry: Geometry, frames: int) -> TensorSpec:
 
 
 def _text_programs(geometry: Geometry) -> Iterator[Program]:
-    config, L = geometry.config, geometry.prompt_tokens
-    text = TensorSpec("text", geometry.dtype, (1, config.dit.text_tokens, config.text.hidden), "text embedding")
+    L = geometry.prompt_tokens
     tokens = (
         TensorSpec("input_ids", "int64", (1, L), "token ids, right-padded"),
         TensorSpec("attention_mask", "int64", (1, L), "1 on real tokens"),
     )
-    yield Program("text_encoder", tokens, (text, _text_mask(geometry)))
-    yield Program("prompt_kv", (text,), tuple(_text_outputs(geometry)))
+    yield Program("text_encoder", tokens, (_text(geometry), _text_mask(geometry)))
 
 
 def _vae_programs(geometry: Geometry) -> Iterator[Program]:
@@ -180,6 +183,7 @@ def _vae_programs(geometry: Geometry) -> Iterator[Program]:
 
 def _dit_programs(geometry: Geometry) -> Iterator[Program]:
     config = geometry.config.dit
+    yield Program("prompt_kv", (_text(geometry),), tuple(_text_outputs(geometry)))
     for kind in CHUNK_KINDS:
         T = geometry.frames(kind)
         # Second and steady chunks have the same camera program.
@@ -200,10 +204,13 @@ def _dit_programs(geometry: Geometry) -> Iterator[Program]:
         yield Program(f"commit_{kind}", (latents, *context), tuple(state_specs(geometry, kind, "next")))
 
 
-def programs(geometry: Geometry) -> dict[str, Program]:
-    """All programs of a world, by name."""
-    found = (*_text_programs(geometry), *_vae_programs(geometry), *_dit_programs(geometry))
-    return {p.name: p for p in found}
+# Parts of the model; the programs of one part share their weights.
+PARTS = {"text": _text_programs, "vae": _vae_programs, "dit": _dit_programs}
+
+
+def programs(geometry: Geometry, parts: Sequence[str] = tuple(PARTS)) -> dict[str, Program]:
+    """The programs of a world, or of some `parts` of the model, by name."""
+    return {p.name: p for part in parts for p in PARTS[part](geometry)}
 
 
 def camera_program(kind: str) -> str:

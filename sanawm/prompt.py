@@ -22,6 +22,14 @@ def select(length: int, text_tokens: int) -> Ids:
     return np.concatenate([[0], np.arange(length - text_tokens + 1, length)]).astype(np.int64)
 
 
+def _valid(prompt: str) -> str:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is not valid text at character {error.start + 1}; give it in UTF-8") from error
+    return prompt
+
+
 class PromptTokenizer:
     """Turns a prompt into what the text encoder takes.
 
@@ -56,11 +64,11 @@ class PromptTokenizer:
 
     def encode(self, prompt: str) -> tuple[Ids, Ids]:
         """Token ids and attention mask, (1, max_length) int64 each, of instruction and prompt; InputError if the prompt is too long."""
-        return self._padded(self.chi + prompt, self.max_length, self._instruction if self.chi else 1)
+        return self._padded(self.chi + _valid(prompt), self.max_length, self._instruction if self.chi else 1)
 
     def encode_negative(self, prompt: str = "") -> tuple[Ids, Ids]:
         """Token ids and attention mask, (1, text_tokens) int64 each, of a negative prompt, which goes without the instruction."""
-        return self._padded(prompt, self.text_tokens, 1)
+        return self._padded(_valid(prompt), self.text_tokens, 1)
 
     def select(self, length: int | None = None) -> Ids:
         """Positions that the transformer sees, (text_tokens,) int64; `length` is max_length unless given."""
@@ -73,10 +81,6 @@ class PromptTokenizer:
         return number
 
     def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(f"the prompt is not valid text at character {error.start + 1}; give it in UTF-8") from error
         return self._lead + self.tokenizer.encode(text).ids
 
     def _padded(self, text: str, length: int, taken: int) -> tuple[Ids, Ids]:

@@ -15,10 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from sanawm.errors import UserError
 from sanawm_runtime.bundle import MANIFEST_NAME, Bundle, FileEntry, Manifest
 from sanawm_runtime.bundle.paths import check_collisions, check_path
-
-from sanawm.errors import UserError
 
 if sys.platform != "win32":
     import fcntl

@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from sanawm_runtime.canvas import GRID, INK, MUTED, PANEL, PAPER, RULE, Canvas, Colour, nice_step, number, text_width
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 _WIDTH = 920.0
 _LEFT, _RIGHT = 72.0, _WIDTH - 28.0
 _MAP_TOP, _MAP_BOTTOM = 82.0, 542.0
+_MOST_POINTS = 1600
 _STRIP_HEIGHT, _STRIP_GAP = 62.0, 30.0
 # Time runs from blue over magenta to orange: lightness rises throughout, so the order survives a grey print.
 _STOPS = np.array([[43, 76, 155], [176, 70, 150], [240, 145, 50]], np.float64)
@@ -42,12 +44,15 @@ def camera_path_plot(
     canvas = Canvas(_WIDTH, _MAP_BOTTOM + 2 * (_STRIP_HEIGHT + _STRIP_GAP) + 62)
     canvas.text((28, 40), title, 17)
     canvas.text((28, 61), _facts(c2w, half_view, fps), 12, MUTED)
+    # More points than the picture has columns add time and no detail.
+    shown = np.unique(np.linspace(0, len(c2w) - 1, min(len(c2w), _MOST_POINTS)).round().astype(int))
+    c2w, half_view = c2w[shown], half_view[shown]
     _map(canvas, c2w, half_view)
     # y points down and z forward: up is -y, and looking up gives z a negative y.
     height = -c2w[:, 1, 3]
     pitch = np.degrees(np.arcsin(np.clip(-c2w[:, 1, 2], -1, 1)))
     top = _MAP_BOTTOM + 48
-    seconds = np.arange(len(c2w)) / fps
+    seconds = shown / fps
     _strip(canvas, top, "height, units above the start", height - height[0], seconds, least=0.2)
     _strip(canvas, top + _STRIP_HEIGHT + _STRIP_GAP, "pitch, degrees above the horizon", pitch, seconds, least=10.0)
     _time_axis(canvas, top + 2 * _STRIP_HEIGHT + _STRIP_GAP, seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class Canvas:
 
     def dashes(self, start: Point, end: Point, colour: Colour, width: float = 1.0, dash: float = 5.0, gap: float = 4.0) -> None:
         """A dashed straight line."""
-        length = ((end[0] - start[0]) ** 2 + (end[1] - start[1]) ** 2) ** 0.5
+        length = math.dist(start, end)
         if length == 0:
             return
         along = ((end[0] - start[0]) / length, (end[1] - start[1]) / length)
@@ -67,7 +68,7 @@ class Canvas:
 
     def arrow(self, start: Point, end: Point, colour: Colour, width: float = 1.2, head: float = 4.0) -> None:
         """A straight line with a filled head at its end."""
-        length = ((end[0] - start[0]) ** 2 + (end[1] - start[1]) ** 2) ** 0.5
+        length = math.dist(start, end)
         along = ((end[0] - start[0]) / length, (end[1] - start[1]) / length)
         neck = (end[0] - along[0] * head * 1.5, end[1] - along[1] * head * 1.5)
         self.line([start, neck], colour, width)
@@ -131,8 +132,6 @@ def text_width(words: str, size: float) -> float:
 
 def nice_step(span: float, most: int) -> float:
     """The smallest of 1, 2, 5 times a power of ten that divides `span` into at most `most` parts."""
-    import math
-
     rough = max(span, 1e-9) / max(most, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -140,7 +139,6 @@ def nice_step(span: float, most: int) -> float:
 
 def number(value: float, step: float) -> str:
     """A tick's label with the decimals that `step` needs."""
-    import math
-
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return f"{value + 0.0:.{decimals}f}".replace("-0", "0") if abs(value) < step / 2 else f"{value:.{decimals}f}"
+    words = f"{value:.{decimals}f}"
+    return words.lstrip("-") if float(words) == 0 else words

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from sanawm_runtime.camera_plot import camera_path_plot
-from sanawm_runtime.canvas import GRID, INK, MUTED, RULE, Canvas, Colour, nice_step, number, text_width
 
 from sanawm.errors import InputError
+from sanawm_runtime.camera_plot import camera_path_plot
+from sanawm_runtime.canvas import GRID, INK, MUTED, RULE, Canvas, Colour, nice_step, number, text_width
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,9 +8,8 @@ import re
 import sys
 from dataclasses import dataclass
 
-from sanawm_runtime.bundle.manifest import Engine, TargetEntry
-
 from sanawm.errors import BundleError, UserError
+from sanawm_runtime.bundle.manifest import Engine, TargetEntry
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "nvfp4")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, Self
 
 import numpy as np
-from sanawm_runtime.mp4 import FragmentEncoder
 
 from sanawm.errors import InputError
+from sanawm_runtime.mp4 import FragmentEncoder
 
 # Shape letters: F frames, H pixel rows, W pixel columns; C latent channels, T latent frames, h and w latent rows and columns.
 

@@ -52,11 +52,12 @@ class TextEncoder(nn.Module):
         return cls(model, text_tokens).eval()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids, attention_mask (1, L) int64 -> embedding (1, K, C) in the model's dtype, mask (1, K) int64."""
+        """input_ids, attention_mask (1, L) int64 -> embedding (1, K, C) in the model's dtype, mask (1, K) bool, true on real tokens."""
         config = self.model.config
         length = input_ids.shape[1]
         positions = torch.arange(length, device=input_ids.device)
-        visible = (positions[None, :] <= positions[:, None]) & attention_mask[:, None, None, :].bool()
+        real = attention_mask.bool()
+        visible = (positions[None, :] <= positions[:, None]) & real[:, None, None, :]
         recent = positions[:, None] - positions[None, :] < config.sliding_window
         hidden = self.model(
             input_ids=input_ids,
@@ -64,7 +65,7 @@ class TextEncoder(nn.Module):
             position_ids=positions[None],
             use_cache=False,
         ).last_hidden_state
-        return self._select(hidden), self._select(attention_mask)
+        return self._select(hidden), self._select(real)
 
     def _additive(self, visible: Tensor) -> Tensor:
         dtype = self.model.dtype

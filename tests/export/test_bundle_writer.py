@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from sanawm_export import bundle_writer
-from sanawm_export.bundle_writer import BundleWriter
-from sanawm_runtime.bundle import Bundle, CheckpointEntry, Manifest, PrecisionEntry, ProgramEntry, TargetEntry
 
 from sanawm.config import tiny_config
 from sanawm.errors import BundleError, UserError
+from sanawm_export import bundle_writer
+from sanawm_export.bundle_writer import BundleWriter
+from sanawm_runtime.bundle import Bundle, CheckpointEntry, Manifest, PrecisionEntry, ProgramEntry, TargetEntry
 
 
 def manifest(name: str = "tiny", file: str = "program.bin") -> Manifest:

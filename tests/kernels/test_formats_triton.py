@@ -6,10 +6,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from sanawm_kernels.quant.interpreter import exact
 
 from sanawm_kernels.quant import formats
 from sanawm_kernels.quant import triton as rounding
+from sanawm_kernels.quant.interpreter import exact
 
 
 @triton.jit

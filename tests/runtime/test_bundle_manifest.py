@@ -6,6 +6,9 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from sanawm.config import tiny_config
+from sanawm.errors import BundleError
 from sanawm_runtime.bundle import (
     SCHEMA_VERSION,
     CheckpointEntry,
@@ -20,9 +23,6 @@ from sanawm_runtime.bundle import (
 from sanawm_runtime.bundle.manifest import MAX_MANIFEST_BYTES, utc_now
 from sanawm_runtime.bundle.paths import check_collisions, check_path
 from sanawm_runtime.bundle.strict_json import MAX_DEPTH
-
-from sanawm.config import tiny_config
-from sanawm.errors import BundleError
 
 HASH = "ab" * 32
 

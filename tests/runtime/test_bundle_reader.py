@@ -5,6 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+
+from sanawm.config import tiny_config
+from sanawm.errors import BundleError
 from sanawm_runtime.bundle import (
     MANIFEST_NAME,
     Bundle,
@@ -16,9 +19,6 @@ from sanawm_runtime.bundle import (
     TargetEntry,
 )
 from sanawm_runtime.targets import check_target
-
-from sanawm.config import tiny_config
-from sanawm.errors import BundleError
 
 CONTENT = {"programs/denoise.bin": b"denoise" * 1000, "weights/w.bin": bytes(range(256)) * 40_000, "empty.bin": b""}
 

@@ -1,10 +1,10 @@
 """The target table and the check of a bundle against this machine."""
 
 import pytest
-from sanawm_runtime.bundle import TargetEntry
-from sanawm_runtime.targets import PRECISIONS, TARGETS, check_target, present_platform, resolve_target
 
 from sanawm.errors import BundleError, UserError
+from sanawm_runtime.bundle import TargetEntry
+from sanawm_runtime.targets import PRECISIONS, TARGETS, check_target, present_platform, resolve_target
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from sanawm_runtime.video import LatentWriter, Mp4Writer, PngWriter, open_writer, probe_video
 
 from sanawm.errors import EngineError, InputError
+from sanawm_runtime.video import LatentWriter, Mp4Writer, PngWriter, open_writer, probe_video
 
 H, W = 64, 96
 

@@ -27,14 +27,6 @@ from sanawm_export.onnx.prepare import linearize
 from sanawm_export.onnx.trace import trace
 from sanawm_export.onnx.weights import link_weights, module_tensors, write_weights
 
-PROGRAM_GROUPS = {
-    "text": ("text_encoder",),
-    "vae": ("image_encoder", "decode_first", "decode"),
-    "dit": (
-        "prompt_kv", "camera_first", "camera",
-        *(f"{verb}_{kind}" for kind in ("first", "second", "steady") for verb in ("denoise", "commit")),
-    ),
-}  # fmt: skip
 _PREFIXES = ("model.", "vae.", "decoder.", "encoder.")
 
 
@@ -45,11 +37,6 @@ class ExportedProgram:
     program: Program
     file: str
     weights: str
-
-
-def group_of(name: str) -> str:
-    """Model part (`text`, `vae`, `dit`) that a program belongs to."""
-    return next(group for group, names in PROGRAM_GROUPS.items() if name in names)
 
 
 def program_module(program: Program, part: nn.Module) -> Named:
@@ -70,8 +57,8 @@ def check_graph(path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def export_group(
-    group: str,
+def export_part(
+    part_name: str,
     part: nn.Module,
     geometry: Geometry,
     directory: Path,
@@ -89,15 +76,13 @@ def export_group(
     if isinstance(part, SanaWM):
         linearize(part)
     part.eval().requires_grad_(False)
-    weights = directory / f"{group}.safetensors"
+    weights = directory / f"{part_name}.safetensors"
     write_weights(weights, module_tensors(part))
-    table = programs(geometry)
-    for name in PROGRAM_GROUPS[group]:
+    for name, program in programs(geometry, (part_name,)).items():
         if names is not None and name not in names:
             continue
         if on_program:
             on_program(name)
-        program = table[name]
         model = trace(program, program_module(program, part))
         link_weights(model, weights, _PREFIXES)
         if cpu and geometry.dtype == "bfloat16":

@@ -91,15 +91,17 @@ def _camera_job(
         if CLAMP:
             key = rms_clamp(key, plain, D)
         weighted = key * _write_strength(beta, token, valid, beta_row)[:, None]
-        if GRAM:
-            ratio = tl.maximum(tl.sum(key * key, 1), 1e-12) / tl.maximum(tl.sum(plain * plain, 1), 1e-12)
-            growth += tl.where(valid, ratio, 0.0)
-            outer = product(tl.trans(key), weighted, outer, PRECISION)
+        # Both transforms come before both products, so that no product's operand waits in registers.
         if UPDATE:
             raw = _head_tile(v, token, valid, channel, row, D)
             value = ucpe(raw, matrix, valid, turn_cos, turn_sin, R, P, D, False)
             if CLAMP:
                 value = rms_clamp(value, raw, D)
+        if GRAM:
+            ratio = tl.maximum(tl.sum(key * key, 1), 1e-12) / tl.maximum(tl.sum(plain * plain, 1), 1e-12)
+            growth += tl.where(valid, ratio, 0.0)
+            outer = product(tl.trans(key), weighted, outer, PRECISION)
+        if UPDATE:
             written = product(tl.trans(value), weighted, written, PRECISION)
     if GRAM:
         _store_square(gram, slot, outer, D, P)

@@ -10,12 +10,22 @@ import triton.language as tl
 
 
 @triton.jit
+def round_tf32(x):
+    """float32 rounded to the 10 mantissa bits of tf32, ties away from zero. The tensor cores alone would cut the other bits off, and every
+    product would come out too small by about 2**-11."""
+    nearest = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(x == x, nearest, x)
+
+
+@triton.jit
 def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a @ b. `bf16` rounds the operands for the tensor cores; `tf32`, `tf32x3` and `ieee` take them as float32."""
+    """accumulator + a @ b. `bf16` and `tf32` round the operands for the tensor cores; `ieee` multiplies float32."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator)
+    elif PRECISION == "tf32":
+        return tl.dot(round_tf32(a.to(tl.float32)), round_tf32(b.to(tl.float32)), accumulator, input_precision="tf32")
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision=PRECISION)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from unittest import mock
 
 import ml_dtypes
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -48,6 +49,19 @@ def _scaled(handle: Any, scale: Any, packed: bool, axis: int) -> np.ndarray:
     factors = np.ascontiguousarray(scale.data).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
     factors = factors if axis == 1 else factors.T
     return values * np.repeat(factors, values.shape[axis] // factors.shape[axis], axis)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what the enclosed code allocates with NaN (integers: the largest value), so that an element a kernel forgets shows up."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @contextmanager

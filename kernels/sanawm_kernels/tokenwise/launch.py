@@ -39,12 +39,13 @@ def launch(variant: KernelVariant, arguments: Mapping[str, Any], **grid_sizes: i
         wrong = sorted(set(arguments) ^ set(variant.signature))
         raise TypeError(f"{variant.name}: arguments and signature differ in {', '.join(wrong)}")
     kernel = _kernel(variant.kernel)
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    if device.type == "cpu" and isinstance(kernel, triton.JITFunction):
+    first = next(value for value in arguments.values() if isinstance(value, Tensor))
+    if first.device.type == "cpu" and isinstance(kernel, triton.JITFunction):
         raise ValueError(f"{variant.name}: expected tensors on a GPU, found them on the CPU; move them, or set TRITON_INTERPRET=1 before the first import")
     integers = {name: value for name, value in arguments.items() if isinstance(value, int)}
     grid = variant.launch_grid({**integers, **grid_sizes})
-    kernel[grid](**arguments, **variant.constexprs, num_warps=variant.num_warps, num_stages=variant.num_stages, **variant.options)
+    with torch.cuda.device_of(first):
+        kernel[grid](**arguments, **variant.constexprs, num_warps=variant.num_warps, num_stages=variant.num_stages, **variant.options)
 
 
 @lru_cache(maxsize=None)

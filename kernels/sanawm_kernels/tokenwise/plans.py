@@ -7,12 +7,21 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_kernels.aot.spec import TARGETS, KernelVariant
 
 QUANT_CODES = {None: 0, "fp8": 1, "fp8_rows": 2, "nvfp4": 3}
 ROWS = "sanawm_kernels.tokenwise.rows"
 # The first architecture with e2m1 conversion instructions.
 NATIVE_FP4 = 100
+
+
+# e4m3 conversion instructions start at compute capability 8.9.
+FP8_TARGETS = tuple(t for t in TARGETS if t >= 89)
+
+
+def targets_of(quant: str | None) -> tuple[int, ...]:
+    """Architectures that can run a kernel with a quantization."""
+    return TARGETS if quant is None else FP8_TARGETS
 
 
 def cover(channels: int) -> tuple[int, int]:
@@ -94,7 +103,7 @@ def update_rows(
         grid_sizes=("ROWS",),
         num_warps=_row_warps(channels),
         num_stages=1,
-        targets=_targets(quant),
+        targets=targets_of(quant),
         hot=True,
     )
 
@@ -118,7 +127,7 @@ def gate_rows(
         grid_sizes=("ROWS",),
         num_warps=_row_warps(channels),
         num_stages=1,
-        targets=_targets(quant),
+        targets=targets_of(quant),
         hot=True,
     )
 
@@ -138,8 +147,3 @@ def norm_rows(kind: str, weight: str, channels: int, eps: float) -> KernelVarian
         num_stages=1,
         hot=True,
     )
-
-
-def _targets(quant: str | None) -> tuple[int, ...]:
-    """e4m3 conversions start at compute capability 8.9."""
-    return (80, 86, 89, 90, 100, 103, 120, 121) if quant is None else (89, 90, 100, 103, 120, 121)

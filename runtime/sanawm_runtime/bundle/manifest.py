@@ -9,11 +9,10 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sanawm_runtime.bundle.paths import check_collisions, check_path
-from sanawm_runtime.bundle.strict_json import decode, parse_json
-
 from sanawm.config import WorldConfig
 from sanawm.errors import BundleError
+from sanawm_runtime.bundle.paths import check_collisions, check_path
+from sanawm_runtime.bundle.strict_json import decode, parse_json
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1

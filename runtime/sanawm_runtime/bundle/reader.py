@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sanawm.errors import BundleError
 from sanawm_runtime.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, TargetEntry, parse_manifest
 from sanawm_runtime.bundle.paths import open_inside
-
-from sanawm.errors import BundleError
 
 State = Literal["ok", "changed", "missing", "extra"]
 # path, bytes hashed so far over all files, bytes in all

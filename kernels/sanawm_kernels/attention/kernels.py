@@ -1,0 +1,224 @@
+"""Triton kernels of window attention and cross-attention.
+
+A head of 112 channels sits in tiles of 128 whose last 16 lanes are neither read nor written: memory traffic is exact, 1/8 of the matrix work
+multiplies zeros. Splitting a head as 64 + 32 + 16 would avoid those products, but its second product has 16- and 32-column instructions, which
+read as much of the left operand as a 128-column one.
+
+Keys come in up to three segments with their own pointers and strides, so that caches are never concatenated. All whole blocks of all segments run
+in one loop without masks; what rests of each segment follows in a loop with masks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sanawm_kernels.gdn.transforms import camera_rotary_tile, ucpe
+from sanawm_kernels.quant.triton import NO_CODES, NVFP4, nvfp4_blocks, saturate_e4m3, scale_offset
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Probabilities in (0, 1] use the upper half of e4m3's range when they are multiplied by this power of two; it cancels in the division.
+P_SHIFT = tl.constexpr(8.0)
+
+
+@triton.jit
+def _update(
+    q, k_at, v_at, count, m, denominator, acc, scale,
+    BN: tl.constexpr, P: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, FP8: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr, FULL_HEAD: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over one block of keys. k_at (P, BN) and v_at pointers; `count` valid keys; scale includes log2(e)."""
+    key, channel = tl.arange(0, BN), tl.arange(0, P)
+    # Masks that are always true cost registers: they are made only where they can be false.
+    if MASKED:
+        k = tl.load(k_at, mask=(channel < D)[:, None] & (key < count)[None, :], other=0.0)
+    elif FULL_HEAD:
+        k = tl.load(k_at)
+    else:
+        k = tl.load(k_at, mask=(channel < D)[:, None], other=0.0)
+    logits = tl.dot(q, k, input_precision=PRECISION)
+    if MASKED:
+        logits = tl.where((key < count)[None, :], logits, float("-inf"))
+    m_new = tl.maximum(m, tl.max(logits, 1) * scale)
+    if FP8:
+        p = tl.math.exp2(logits * scale - m_new[:, None] + P_SHIFT)
+    else:
+        p = tl.math.exp2(logits * scale - m_new[:, None])
+    old = tl.math.exp2(m - m_new)
+    if TRANSPOSED:
+        if MASKED:
+            v = tl.load(v_at, mask=(channel < D)[:, None] & (key < count)[None, :], other=0.0)
+        elif FULL_HEAD:
+            v = tl.load(v_at)
+        else:
+            v = tl.load(v_at, mask=(channel < D)[:, None], other=0.0)
+        v = tl.trans(v)
+    elif MASKED:
+        v = tl.load(v_at, mask=(key < count)[:, None] & (channel < D)[None, :], other=0.0)
+    elif FULL_HEAD:
+        v = tl.load(v_at)
+    else:
+        v = tl.load(v_at, mask=(channel < D)[None, :], other=0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision=PRECISION)
+    return m_new, denominator * old + tl.sum(p, 1), acc
+
+
+@triton.jit
+def _pointers(k, k_row, v, v_row, start, BN: tl.constexpr, P: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Addresses of a block of keys (P, BN) and values, (BN, P) or (P, BN)."""
+    key, channel = (start + tl.arange(0, BN)).to(tl.int64), tl.arange(0, P)
+    k_at = k + channel[:, None] + key[None, :] * k_row
+    if TRANSPOSED:
+        return k_at, v + channel[:, None].to(tl.int64) * v_row + key[None, :]
+    else:
+        return k_at, v + key[:, None] * v_row + channel[None, :]
+
+
+@triton.jit
+def _store(
+    acc, row, valid, head, out, codes, scales, quant_scale,
+    BM: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
+    BF16: tl.constexpr,
+):  # fmt: skip
+    """Store a head's output rows plain, quantized, or both; BF16 rounds to bfloat16 before anything else, as the plain output is."""
+    channel = tl.arange(0, P)[None, :]
+    mask = valid[:, None] & (channel < D)
+    at = row[:, None] * (HEADS * D) + head * D + channel
+    if BF16:
+        acc = acc.to(tl.bfloat16).to(tl.float32)
+    if out is not None:
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
+    if QUANT == NVFP4:
+        packed, steps = nvfp4_blocks(acc, tl.load(quant_scale), BM, P // 16, NATIVE)
+        byte, block = tl.arange(0, P // 2)[None, :], tl.arange(0, P // 16)[None, :]
+        tl.store(codes + row[:, None] * (HEADS * D // 2) + head * (D // 2) + byte, packed, mask=valid[:, None] & (byte < D // 2))
+        to = scale_offset(row[:, None], head * (D // 16) + block, HEADS * D // 16, SWIZZLED)
+        tl.store(scales + to, steps, mask=valid[:, None] & (block < D // 16))
+    elif QUANT != NO_CODES:
+        tl.store(codes + at, saturate_e4m3(acc * tl.math.div_rn(1.0, tl.load(quant_scale))), mask=mask)
+
+
+@triton.jit
+def window_attention(
+    q, q_row, q_batch, k0, k0_row, k0_batch, v0, v0_row, v0_batch, n0, k1, k1_row, k1_batch, v1, v1_row, v1_batch, n1,
+    k2, k2_row, k2_batch, v2, v2_row, v2_batch, n2, q_scale, k_scale, v_scale, rays, cos, sin, out, codes, scales, quant_scale, N, softmax_scale,
+    HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, RAYS: tl.constexpr,
+    QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BM), HEADS, batch). Segments 1 and 2 may be None. RAYS is N for one set of ray matrices a batch, 0 for a shared set."""
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    FP8: tl.constexpr = q_scale is not None
+    token, channel = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, P)
+    valid = token < N
+    q_at = q + batch * q_batch + token[:, None].to(tl.int64) * q_row + head * D + channel[None, :]
+    q_tile = tl.load(q_at, mask=valid[:, None] & (channel < D)[None, :], other=0.0)
+    scale = softmax_scale * LOG2_E
+    if FP8:
+        scale = scale * tl.load(q_scale) * tl.load(k_scale)
+
+    # Segments start at this head: e4m3 values are (head, channel, key), all others (key, head, channel).
+    k0 += batch * k0_batch + head * D
+    v0 += batch * v0_batch + head * D * (v0_row if FP8 else 1)
+    whole0 = n0 // BN
+    whole1 = 0
+    whole2 = 0
+    if k1 is not None:
+        k1 += batch * k1_batch + head * D
+        v1 += batch * v1_batch + head * D * (v1_row if FP8 else 1)
+        whole1 = n1 // BN
+    if k2 is not None:
+        k2 += batch * k2_batch + head * D
+        v2 += batch * v2_batch + head * D * (v2_row if FP8 else 1)
+        whole2 = n2 // BN
+
+    m = tl.full((BM,), float("-inf"), tl.float32)
+    denominator = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, P), tl.float32)
+    for block in range(0, whole0 + whole1 + whole2):
+        k, k_row, v, v_row, start = k0, k0_row, v0, v0_row, block
+        if k1 is not None:
+            second = block >= whole0
+            k, v = tl.where(second, k1, k), tl.where(second, v1, v)
+            k_row, v_row = tl.where(second, k1_row, k_row), tl.where(second, v1_row, v_row)
+            start = tl.where(second, block - whole0, start)
+        if k2 is not None:
+            third = block >= whole0 + whole1
+            k, v = tl.where(third, k2, k), tl.where(third, v2, v)
+            k_row, v_row = tl.where(third, k2_row, k_row), tl.where(third, v2_row, v_row)
+            start = tl.where(third, block - whole0 - whole1, start)
+        k_at, v_at = _pointers(k, k_row, v, v_row, start * BN, BN, P, FP8)
+        m, denominator, acc = _update(q_tile, k_at, v_at, BN, m, denominator, acc, scale, BN, P, D, False, FP8, FP8, PRECISION, P == D)
+
+    if n0 % BN != 0:
+        k_at, v_at = _pointers(k0, k0_row, v0, v0_row, whole0 * BN, BN, P, FP8)
+        m, denominator, acc = _update(q_tile, k_at, v_at, n0 % BN, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
+    if k1 is not None:
+        if n1 % BN != 0:
+            k_at, v_at = _pointers(k1, k1_row, v1, v1_row, whole1 * BN, BN, P, FP8)
+            m, denominator, acc = _update(q_tile, k_at, v_at, n1 % BN, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
+    if k2 is not None:
+        if n2 % BN != 0:
+            k_at, v_at = _pointers(k2, k2_row, v2, v2_row, whole2 * BN, BN, P, FP8)
+            m, denominator, acc = _update(q_tile, k_at, v_at, n2 % BN, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
+
+    acc = acc / denominator[:, None]
+    if FP8:
+        acc *= tl.load(v_scale)
+    if rays is not None:
+        c, s = camera_rotary_tile(cos, token, valid, P, D), camera_rotary_tile(sin, token, valid, P, D)
+        acc = ucpe(acc, rays + (batch * RAYS + token) * 16, valid, c, -s, BM, P, D, False)
+    _store(acc, batch * N + token, valid, head, out, codes, scales, quant_scale, BM, HEADS, D, P, QUANT, SWIZZLED, NATIVE, BF16)
+
+
+@triton.jit
+def cross_attention(
+    q, q_row, q_batch, k, v, k_row, k_batch, v_row, v_batch, mask, q_norm, squares, out, codes, scales, quant_scale, N, L, softmax_scale,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    EPS: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, BM), HEADS / GROUP, batch). A program normalises its rows once for GROUP heads.
+
+    squares (rows, PARTS): partial sums of the rows' squares; None measures them here, from all channels. mask (batch, L) bytes, 0 for padding.
+    """
+    batch = tl.program_id(2).to(tl.int64)
+    token, channel = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, P)
+    valid = token < N
+    inside = valid[:, None] & (channel < D)[None, :]
+    q_at = q + batch * q_batch + token[:, None].to(tl.int64) * q_row + channel[None, :]
+    if squares is not None:
+        part = tl.arange(0, BP)
+        at = squares + (batch * N + token)[:, None] * PARTS + part[None, :]
+        total = tl.sum(tl.load(at, mask=valid[:, None] & (part < PARTS)[None, :], other=0.0), 1)
+    else:
+        sums = tl.zeros((BM, P), tl.float32)
+        for head in range(HEADS):
+            value = tl.load(q_at + head * D, mask=inside, other=0.0).to(tl.float32)
+            sums += value * value
+        total = tl.sum(sums, 1)
+    inverse = tl.math.rsqrt(total / (HEADS * D) + EPS)
+    for index in range(GROUP):
+        head = tl.program_id(1) * GROUP + index
+        weight = tl.load(q_norm + head * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+        value = tl.load(q_at + head * D, mask=inside, other=0.0).to(tl.float32) * inverse[:, None] * weight[None, :]
+        q_tile = value.to(q.dtype.element_ty)
+        m = tl.full((BM,), float("-inf"), tl.float32)
+        denominator = tl.zeros((BM,), tl.float32)
+        acc = tl.zeros((BM, P), tl.float32)
+        for start in range(0, L, BN):
+            key = start + tl.arange(0, BN)
+            present = tl.load(mask + batch * L + key, mask=key < L, other=0) != 0
+            k_at, v_at = _pointers(k + batch * k_batch + head * D, k_row, v + batch * v_batch + head * D, v_row, start, BN, P, False)
+            k_tile = tl.load(k_at, mask=(channel < D)[:, None] & (key < L)[None, :], other=0.0)
+            logits = tl.dot(q_tile, k_tile, input_precision=PRECISION) * (softmax_scale * LOG2_E)
+            logits = tl.where(present[None, :], logits, float("-inf"))
+            m_new = tl.maximum(m, tl.max(logits, 1))
+            # A row that has met no real token yet keeps -inf; 0 in its place avoids -inf - -inf.
+            shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.math.exp2(logits - shift[:, None])
+            old = tl.math.exp2(m - shift)
+            v_tile = tl.load(v_at, mask=(key < L)[:, None] & (channel < D)[None, :], other=0.0)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * old[:, None], input_precision=PRECISION)
+            denominator = denominator * old + tl.sum(p, 1)
+            m = m_new
+        acc = acc / tl.where(denominator == 0.0, 1.0, denominator)[:, None]
+        _store(acc, batch * N + token, valid, head, out, codes, scales, quant_scale, BM, HEADS, D, P, QUANT, SWIZZLED, NATIVE, BF16)

@@ -1,0 +1,131 @@
+"""How the attention kernels are specialised. Nothing here needs torch or triton.
+
+Tiles are chosen from shared memory and registers (inspected ahead of time), not from measurements: no GPU was at hand on 2026-11. Replace a row only
+with a measured one, its date and its reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_kernels.tokenwise.block_plans import power_of_two
+from sanawm_kernels.tokenwise.plans import QUANT_CODES, arguments, pointer, quant_entries, quant_name, stride, targets_of
+
+KERNELS = "sanawm_kernels.attention.kernels"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile, warps, pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def window_tile(target: int, fp8: bool, itemsize: int = 2) -> Tile:
+    """Unmeasured defaults: the largest tiles that leave no spills and fit the shared memory of the architecture (99 KB on 86, 89 and 120)."""
+    if itemsize == 4 or target == 0:
+        return Tile(32, 32, 4, 1)
+    if target in (90, 100, 103):
+        return Tile(128, 128, 8, 2 if not fp8 else 3)
+    return Tile(128, 64, 8, 2)
+
+
+@lru_cache(maxsize=None)
+def window_attention(
+    kind: str,
+    heads: int,
+    width: int,
+    segments: int,
+    tile: Tile,
+    *,
+    out: str | None = None,
+    ucpe: bool = False,
+    rays_batched: int = 0,
+    keep: bool = True,
+    quant: str | None = None,
+    swizzled: bool = False,
+    native: bool = False,
+) -> KernelVariant:
+    """Attention over `segments` runs of keys. `kind` fp8e4nv takes scales and transposed values; `out` is then the output's dtype.
+
+    rays_batched: tokens of a batch where every batch has its own ray matrices, 0 where they share one set.
+    """
+    fp8 = kind == "fp8e4nv"
+    out = out or kind
+    row = stride(heads * width)
+    entries: dict[str, str | None] = {"q": pointer(kind), "q_row": row, "q_batch": "i64"}
+    for i in range(3):
+        here = i < segments
+        entries |= {f"k{i}": pointer(kind if here else None), f"k{i}_row": row if here else None, f"k{i}_batch": "i64" if here else None}
+        entries |= {f"v{i}": pointer(kind if here else None), f"v{i}_row": ("i32:16" if fp8 else row) if here else None}
+        entries |= {f"v{i}_batch": "i64" if here else None, f"n{i}": "i32" if here else None}
+    entries |= {name: "*fp32" if fp8 else None for name in ("q_scale", "k_scale", "v_scale")}
+    entries |= {name: "*fp32:16" if ucpe else None for name in ("rays", "cos", "sin")}
+    entries |= {"out": pointer(out if keep else None)} | quant_entries(quant) | {"N": "i32", "softmax_scale": "fp32"}
+    signature, absent = arguments(entries)
+    constants = {
+        "HEADS": heads, "D": width, "P": power_of_two(width, 16), "BM": tile.queries, "BN": tile.keys, "RAYS": rays_batched,
+        "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native, "BF16": out == "bf16", "PRECISION": "ieee",
+    }  # fmt: skip
+    short = {"fp8e4nv": "fp8"}.get(kind, kind)
+    return KernelVariant(
+        name=f"attention.window{'_ucpe' if ucpe else ''}.h{heads}.d{width}.s{segments}.{short}{quant_name(quant, swizzled, keep)}",
+        kernel=f"{KERNELS}:window_attention",
+        signature=signature,
+        constexprs=absent | constants,
+        grid=("cdiv(N, BM)", "HEADS", "BATCH"),
+        grid_sizes=("BATCH",),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        targets=targets_of("fp8" if fp8 else quant),
+        hot=True,
+    )
+
+
+@lru_cache(maxsize=None)
+def cross_attention(
+    kind: str,
+    weight: str,
+    heads: int,
+    width: int,
+    eps: float,
+    *,
+    parts: int = 0,
+    keep: bool = True,
+    quant: str | None = None,
+    swizzled: bool = False,
+    native: bool = False,
+    small: bool = False,
+) -> KernelVariant:
+    """Cross-attention with the query norm; `parts` partial sums of squares a row, 0 to measure them; `small` tiles are for float32 tests."""
+    row = stride(heads * width)
+    entries: dict[str, str | None] = {
+        "q": pointer(kind), "q_row": row, "q_batch": "i64", "k": pointer(kind), "v": pointer(kind), "k_row": row, "k_batch": "i64", "v_row": row,
+        "v_batch": "i64", "mask": "*u8", "q_norm": pointer(weight), "squares": "*fp32:16" if parts else None, "out": pointer(kind if keep else None),
+    }  # fmt: skip
+    entries |= quant_entries(quant) | {"N": "i32", "L": "i32", "softmax_scale": "fp32"}
+    signature, absent = arguments(entries)
+    # Measuring the squares reads all channels of the rows once a program: heads share a program, so that they share the reading.
+    group = 1 if parts else max(g for g in (5, 4, 3, 2, 1) if heads % g == 0)
+    constants = {
+        "HEADS": heads, "GROUP": group, "PARTS": parts, "BP": power_of_two(max(parts, 1)), "D": width, "P": power_of_two(width, 16),
+        "BM": 32 if small else 64, "BN": 32 if small else 64, "EPS": eps, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native,
+        "BF16": kind == "bf16", "PRECISION": "ieee",
+    }  # fmt: skip
+    return KernelVariant(
+        name=f"attention.cross.h{heads}.d{width}.{'parts' + str(parts) if parts else 'norm'}.{kind}{quant_name(quant, swizzled, keep)}",
+        kernel=f"{KERNELS}:cross_attention",
+        signature=signature,
+        constexprs=absent | constants,
+        grid=("cdiv(N, BM)", "HEADS // GROUP", "BATCH"),
+        grid_sizes=("BATCH",),
+        num_warps=4,
+        num_stages=2,
+        targets=targets_of(quant),
+        hot=True,
+    )

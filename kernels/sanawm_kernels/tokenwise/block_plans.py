@@ -1,0 +1,164 @@
+"""How the kernels around the attention and the FFN are specialised. Nothing here needs torch or triton."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_kernels.tokenwise.plans import FP8_TARGETS, QUANT_CODES, arguments, pointer, quant_entries, quant_name, stride, targets_of
+
+HEADS = "sanawm_kernels.tokenwise.heads"
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least n and `least`."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@lru_cache(maxsize=None)
+def depthwise_glu(
+    kind: str, weight: str, height: int, width: int, gated: int, *, keep: bool = True, quant: str | None = None, swizzled: bool = False, native: bool = False
+) -> KernelVariant:
+    """Depthwise 3x3 with gated linear unit; `gated` is G, half the input's width, `weight` the dtype of taps and bias."""
+    entries: dict[str, str | None] = {"x": pointer(kind), "x_row": stride(gated), "taps": pointer(weight), "bias": pointer(weight)}
+    entries |= {"out": pointer(kind if keep else None)} | quant_entries(quant)
+    signature, absent = arguments(entries)
+    # 64 channels are one 128-byte line; 8 columns divide the latent width of 40; half a column keeps enough programs in flight.
+    tiles = {"BX": min(8, power_of_two(width)), "BC": min(64, power_of_two(gated, 16)), "STRIP": -(-height // 2), "STAGES": 4}
+    return KernelVariant(
+        name=f"tokenwise.depthwise_glu.{height}x{width}.g{gated}.{kind}{quant_name(quant, swizzled, keep)}",
+        kernel="sanawm_kernels.tokenwise.depthwise:depthwise_glu",
+        signature=signature,
+        constexprs=absent | tiles | {"H": height, "W": width, "G": gated, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native},
+        grid=("cdiv(G, BC)", "cdiv(W, BX) * cdiv(H, STRIP)", "FRAMES"),
+        grid_sizes=("FRAMES",),
+        num_warps=4,
+        num_stages=1,
+        targets=targets_of(quant),
+        hot=True,
+    )
+
+
+@lru_cache(maxsize=None)
+def gate_tiles(kind: str, weight: str, channels: int, heads: int, tokens: int, beta: bool) -> KernelVariant:
+    """Products of a tile of tokens with the gates' weights, whose dtype is `weight`."""
+    entries = {
+        "u": pointer(kind), "u_row": stride(channels), "decay_weight": pointer(weight), "beta_weight": pointer(weight if beta else None),
+        "beta_bias": pointer(weight if beta else None), "beta": pointer(kind if beta else None), "partial": "*fp32:16",
+    }  # fmt: skip
+    signature, absent = arguments(entries)
+    # 880 tokens are 55 tiles of 16.
+    constants = {"TOKENS": tokens, "C": channels, "HEADS": heads, "BH": power_of_two(heads, 16), "BS": 16, "BK": min(128, power_of_two(channels, 16))}
+    return KernelVariant(
+        name=f"tokenwise.gate_tiles.c{channels}.h{heads}.s{tokens}.{'beta_decay' if beta else 'decay'}.{kind}",
+        kernel="sanawm_kernels.tokenwise.gates:gate_tiles",
+        signature=signature,
+        constexprs=absent | constants | {"PRECISION": "ieee"},
+        grid=("cdiv(TOKENS, BS)", "FRAMES", "1"),
+        grid_sizes=("FRAMES",),
+        num_warps=4,
+        num_stages=3,
+        hot=True,
+    )
+
+
+@lru_cache(maxsize=None)
+def gate_means(weight: str, heads: int, tokens: int) -> KernelVariant:
+    """Sum of the tiles' shares of a frame's decay logits."""
+    tiles = -(-tokens // 16)
+    return KernelVariant(
+        name=f"tokenwise.gate_means.h{heads}.s{tokens}",
+        kernel="sanawm_kernels.tokenwise.gates:gate_means",
+        signature={"partial": "*fp32:16", "decay_bias": f"*{weight}:16", "out": "*fp32:16"},
+        constexprs={"TILES": tiles, "BT": power_of_two(tiles), "TOKENS": tokens, "HEADS": heads, "BH": power_of_two(heads, 16)},
+        grid=("FRAMES", "1", "1"),
+        grid_sizes=("FRAMES",),
+        num_warps=4,
+        num_stages=1,
+    )
+
+
+def _head_constants(heads: int, width: int, tokens: int) -> dict[str, int]:
+    return {"TOKENS": tokens, "HEADS": heads, "D": width, "P": power_of_two(width, 16), "R": 8}
+
+
+@lru_cache(maxsize=None)
+def rope_heads(kind: str, weight: str, heads: int, width: int, tokens: int, eps: float, fp8: bool = False) -> KernelVariant:
+    """Norm and RoPE of queries and keys; `tokens` of a batch share the tables."""
+    out = "*fp8e4nv:16" if fp8 else pointer(kind)
+    scale = "*fp32" if fp8 else None
+    row = stride(heads * width)
+    entries = {
+        "q": pointer(kind), "q_row": row, "k": pointer(kind), "k_row": row, "q_norm": pointer(weight), "k_norm": pointer(weight),
+        "cos": "*fp32:16", "sin": "*fp32:16", "q_out": out, "k_out": out, "q_scale": scale, "k_scale": scale, "ROWS": "i32",
+    }  # fmt: skip
+    signature, absent = arguments(entries)
+    return KernelVariant(
+        name=f"tokenwise.rope_heads.h{heads}.d{width}.n{tokens}.{kind}{'.fp8' if fp8 else ''}",
+        kernel=f"{HEADS}:rope_heads",
+        signature=signature,
+        constexprs=absent | _head_constants(heads, width, tokens) | {"EPS": eps},
+        grid=("cdiv(ROWS, R)", "2", "1"),
+        num_stages=1,
+        targets=targets_of("fp8" if fp8 else None),
+        hot=True,
+    )
+
+
+@lru_cache(maxsize=None)
+def ucpe_heads(
+    kind: str, weight: str, heads: int, width: int, tokens: int, rays: int, eps: float, clamp: bool, fp8: bool = False
+) -> KernelVariant:
+    """Norm and UCPE of camera queries, keys and values; `rays` matrices, repeated over the batch where fewer than rows."""
+    out, scale, row = "*fp8e4nv:16" if fp8 else pointer(kind), "*fp32" if fp8 else None, stride(heads * width)
+    entries = {
+        "q": pointer(kind), "q_row": row, "k": pointer(kind), "k_row": row, "v": pointer(kind), "v_row": row,
+        "q_norm": pointer(weight), "k_norm": pointer(weight), "rays": "*fp32:16", "rays_inverse": "*fp32:16", "cos": "*fp32:16", "sin": "*fp32:16",
+        # Values stay in the input's dtype: FP8 attention wants them transposed, which is another kernel's work.
+        "q_out": out, "k_out": out, "v_out": pointer(kind), "q_scale": scale, "k_scale": scale, "v_scale": None, "ROWS": "i32",
+    }  # fmt: skip
+    signature, absent = arguments(entries)
+    return KernelVariant(
+        name=f"tokenwise.ucpe_heads.h{heads}.d{width}.n{tokens}.{kind}{'.clamp' if clamp else ''}{'.fp8' if fp8 else ''}",
+        kernel=f"{HEADS}:ucpe_heads",
+        signature=signature,
+        constexprs=absent | _head_constants(heads, width, tokens) | {"RAYS": rays, "EPS": eps, "CLAMP": clamp},
+        grid=("cdiv(ROWS, R)", "3", "1"),
+        num_stages=1,
+        targets=targets_of("fp8" if fp8 else None),
+        hot=True,
+    )
+
+
+@lru_cache(maxsize=None)
+def inverse_ucpe(kind: str, heads: int, width: int, tokens: int, rays: int) -> KernelVariant:
+    """UCPE of the camera attention's output."""
+    return KernelVariant(
+        name=f"tokenwise.inverse_ucpe.h{heads}.d{width}.n{tokens}.{kind}",
+        kernel=f"{HEADS}:inverse_ucpe",
+        signature={
+            "x": f"*{kind}:16", "x_row": stride(heads * width), "rays": "*fp32:16", "cos": "*fp32:16", "sin": "*fp32:16", "out": f"*{kind}:16", "ROWS": "i32",
+        },
+        constexprs=_head_constants(heads, width, tokens) | {"RAYS": rays},
+        grid=("cdiv(ROWS, R)", "1", "1"),
+        num_stages=1,
+        hot=True,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=None)
+def transpose_values(kind: str, heads: int, width: int) -> KernelVariant:
+    """Values to e4m3, keys adjacent."""
+    return KernelVariant(
+        name=f"tokenwise.transpose_values.h{heads}.d{width}.{kind}",
+        kernel=f"{HEADS}:transpose_values",
+        signature={
+            "v": f"*{kind}:16", "v_row": stride(heads * width), "v_batch": "i64", "scale": "*fp32", "out": "*fp8e4nv:16", "TOKENS": "i32", "out_row": "i32:16",
+        },
+        constexprs={"HEADS": heads, "D": width, "P": power_of_two(width, 16), "R": 64},
+        grid=("cdiv(TOKENS, R)", "HEADS", "BATCH"),
+        grid_sizes=("BATCH",),
+        num_stages=1,
+        targets=FP8_TARGETS,
+        hot=True,
+    )  # fmt: skip

@@ -1,0 +1,181 @@
+"""An opened bundle that starts streams."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import TracebackType
+from typing import Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sanawm.camera import adjust_for_resize_crop, default_intrinsics, load_image, load_intrinsics, resize_and_crop, to_model_range
+from sanawm.camera.image import CropGeometry
+from sanawm.camera.intrinsics import normalise_intrinsics
+from sanawm.errors import BundleError
+from sanawm.programs import Geometry, Program, programs
+from sanawm.prompt import PromptTokenizer
+from sanawm_runtime.bundle import Bundle
+from sanawm_runtime.engines import open_engine
+from sanawm_runtime.engines.base import Buffer
+from sanawm_runtime.stream import Stream
+from sanawm_runtime.targets import check_target
+
+ImageSource = str | os.PathLike[str] | bytes | NDArray[np.uint8] | Image.Image
+IntrinsicsSource = str | os.PathLike[str] | NDArray
+
+
+def _device_capability() -> str | None:
+    """Capability of the first NVIDIA GPU, as "sm_120"; None without one."""
+    try:
+        from cuda.bindings import driver
+    except ImportError:
+        return None
+    if driver.cuInit(0)[0] != driver.CUresult.CUDA_SUCCESS:
+        return None
+    attribute = driver.CUdevice_attribute
+    parts = (
+        driver.cuDeviceGetAttribute(a, 0)[1]
+        for a in (attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+    )
+    return "sm_" + "".join(map(str, parts))
+
+
+class World:
+    """A bundle made ready: its engine, its prompt tokenizer and its geometry. Several streams may run on one world, in turn.
+
+    Use as a context manager or call `close`.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None, *, free_encoders: bool = False) -> None:
+        self.bundle = bundle
+        self.config = bundle.manifest.config
+        self._free_encoders = free_encoders
+        self.engine = open_engine(bundle, threads)
+        self._tokenizer = self._open_tokenizer()
+        entry = bundle.manifest.programs["denoise_first"]
+        latents = next(t for t in entry.inputs if t.name == "latents")
+        self.geometry = Geometry(self.config, self._tokenizer.max_length, latents.shape[2], latents.dtype)
+        self.programs = programs(self.geometry)
+        self._check_signatures()
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        threads: int | None = None,
+        verify: Literal["sizes", "full"] = "sizes",
+        free_encoders: bool = False,
+    ) -> World:
+        """Open the bundle at `path`, cheapest checks first; every file is hashed before it is used.
+
+        threads: CPU threads of the onnxruntime engine (default: all cores). verify: "full" hashes the whole bundle now. free_encoders: give
+        back the text and image encoders' memory after each start. Raises BundleError or EngineError.
+        """
+        bundle = Bundle.open(path, verify=verify, target_check=lambda target: check_target(target, _device_capability()))
+        return cls(bundle, threads, free_encoders=free_encoders)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the frames in pixels."""
+        return self.config.image_height, self.config.image_width
+
+    def warm_up(self) -> None:
+        """Load every program now instead of when it is first needed."""
+        for name in self.programs:
+            self.engine.load(name)
+
+    def start(
+        self, image: ImageSource, prompt: str, *, intrinsics: IntrinsicsSource | None = None, fov_degrees: float | None = None, seed: int = 42
+    ) -> Stream:
+        """Begin a stream: encode the first frame and the prompt.
+
+        image: path, file bytes, PIL image, or (H, W, 3) uint8; resized and cropped to the model's frame. intrinsics: in pixels of that image:
+        "fx,fy,cx,cy", a file, or an array (4,), (3, 3), (F, 4), (F, 3, 3), of which streaming uses the first row; without them a pinhole of
+        `fov_degrees` horizontally (70 by default). seed: 0 to 2**64 - 1; the same seed gives the same bytes. Raises InputError, CameraError.
+        """
+        pixels, geometry = self._prepare_image(image)
+        rows = self.input_intrinsics(intrinsics, geometry, 1, fov_degrees)
+        ids, mask = self._tokenizer.encode(prompt)
+        text = self._encode_text(ids, mask)
+        latent = self._encode_image(to_model_range(pixels))
+        return Stream(self, text, latent, pixels, geometry, rows[0], seed)
+
+    def input_intrinsics(
+        self, intrinsics: IntrinsicsSource | None, geometry: CropGeometry, frames: int, fov_degrees: float | None = None
+    ) -> NDArray[np.float64]:
+        """Intrinsics of the input image, in any accepted form, as (frames, 4) in pixels of the model's frame. Raises CameraError."""
+        width, height = geometry.source
+        if intrinsics is None:
+            fov = {} if fov_degrees is None else {"fov_degrees": fov_degrees}
+            rows = np.tile(default_intrinsics(width, height, **fov), (frames, 1))
+        elif isinstance(intrinsics, np.ndarray):
+            rows = normalise_intrinsics(intrinsics, frames)
+        else:
+            rows = load_intrinsics(intrinsics, frames, (width, height))
+        return adjust_for_resize_crop(rows, geometry)
+
+    def _prepare_image(self, image: ImageSource) -> tuple[NDArray[np.uint8], CropGeometry]:
+        source = image if isinstance(image, (np.ndarray, Image.Image)) else load_image(image)
+        return resize_and_crop(source, *self.image_size)
+
+    def _run(self, name: str, **inputs: NDArray) -> dict[str, Buffer]:
+        """Run a program on host arrays; its outputs in fresh buffers."""
+        program = self.programs[name]
+        buffers = {spec.name: self.engine.allocate(spec) for spec in (*program.inputs, *program.outputs)}
+        for key, values in inputs.items():
+            self.engine.write(buffers[key], values)
+        self.engine.run(name, buffers)
+        return {spec.name: buffers[spec.name] for spec in program.outputs}
+
+    def _encode_text(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, Buffer]:
+        encoded = self._run("text_encoder", input_ids=ids, attention_mask=mask)
+        program = self.programs["prompt_kv"]
+        outputs = {spec.name: self.engine.allocate(spec) for spec in program.outputs}
+        self.engine.run("prompt_kv", {"text": encoded["text"], **outputs})
+        if self._free_encoders:
+            self.engine.unload("text_encoder")
+        return {"text_mask": encoded["text_mask"], **outputs}
+
+    def _encode_image(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        latent = self.engine.read(self._run("image_encoder", image=image)["latents"])
+        if self._free_encoders:
+            self.engine.unload("image_encoder")
+        return latent
+
+    def _open_tokenizer(self) -> PromptTokenizer:
+        from tokenizers import Tokenizer
+
+        extras = self.bundle.manifest.programs["text_encoder"].extras if "text_encoder" in self.bundle.manifest.programs else {}
+        try:
+            tokenizer = Tokenizer.from_str(self.bundle.read(str(extras["tokenizer"])).decode())
+            chi = json.loads(self.bundle.read(str(extras["prompt"])))["chi"]
+        except BundleError:
+            raise
+        except Exception as error:  # the tokenizer library raises nothing more specific
+            raise BundleError(f"bundle {self.bundle.root}: its tokenizer cannot be used ({error}); rebuild it") from error
+        return PromptTokenizer(tokenizer, chi, self.config.dit.text_tokens)
+
+    def _check_signatures(self) -> None:
+        for name, program in self.programs.items():
+            entry = self.bundle.manifest.programs.get(name)
+            found = None if entry is None else _flat(entry)
+            if found != _flat(program):
+                raise BundleError(f"bundle {self.bundle.root}: program {name} is missing or has another signature; rebuild it with this version")
+
+    def close(self) -> None:
+        """Give back the engine's memory; streams of this world stop working."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def _flat(program: Program | object) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(t.name, t.dtype, tuple(t.shape)) for side in ("inputs", "outputs") for t in getattr(program, side)]
