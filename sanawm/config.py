@@ -200,7 +200,7 @@ def tiny_config() -> WorldConfig:
     """A world small enough for a laptop's CPU: 192x320 pixels, three GDN blocks and one softmax block, every mechanism of the full model."""
     return WorldConfig(
         name="tiny",
-        dit=DiTConfig(in_channels=16, hidden=128, depth=4, head_dim=32, cross_heads=4, caption_channels=64, text_tokens=32, height=6, width=10),
+        dit=DiTConfig(in_channels=16, hidden=128, depth=4, head_dim=32, cross_heads=4, caption_channels=64, text_tokens=512, height=6, width=10),
         vae=VAEConfig(
             latent_channels=16, encoder_widths=(16, 32, 32, 64), encoder_layers=(1, 1, 1, 1, 1), decoder_widths=(16, 32, 64), decoder_layers=(1, 1, 1, 1)
         ),

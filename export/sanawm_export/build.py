@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -138,3 +139,21 @@ def _installed(package: str) -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
+
+
+class Builder(Protocol):
+    """Writes a bundle for one engine."""
+
+    def __call__(self, request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle: ...
+
+
+@dataclass(frozen=True)
+class EngineBuilder:
+    """An engine's builder and the precision it builds by default."""
+
+    build: Builder
+    default_precision: str
+
+
+# Engines this version can build, by the names of the target table.
+BUILDERS: dict[str, EngineBuilder] = {"onnxruntime": EngineBuilder(build_onnxruntime, "fp32")}

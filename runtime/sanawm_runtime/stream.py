@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sanawm.camera import ActionIntegrator, CameraPacker, adjust_for_resize_crop, rope_time
-from sanawm.camera.image import CropGeometry
+from sanawm.camera import ActionIntegrator, CameraPacker, rope_time
 from sanawm.errors import CameraError, InputError
 from sanawm.programs import camera_program
 from sanawm.schedule import Chunk as Span
@@ -52,7 +51,6 @@ class Stream:
         text: dict[str, Buffer],
         first_latent: NDArray[np.float32],
         first_frame: NDArray[np.uint8],
-        geometry: CropGeometry,
         intrinsics: NDArray[np.float64],
         seed: int,
     ) -> None:
@@ -64,7 +62,6 @@ class Stream:
         self.chunks_done = 0
         self._text = text
         self._first_latent = first_latent
-        self._crop = geometry
         self._intrinsics = intrinsics
         self._packer = CameraPacker(world.config)
         engine, programs = world.engine, world.programs
@@ -97,12 +94,11 @@ class Stream:
         """Poses the next chunk takes, one a pixel frame: 25 for the first chunk, 24 later (with the default chunk grid)."""
         return CameraPacker.poses_needed(self._span.frames, self.chunks_done == 0)
 
-    def step(self, poses: ArrayLike, intrinsics: ArrayLike | None = None) -> Chunk:
+    def step(self, poses: ArrayLike) -> Chunk:
         """Generate the next chunk along `poses`.
 
         poses (P, 4, 4) camera-to-world in any fixed world axes (OpenCV camera axes), P = `poses_needed`; the stream's first pose becomes the
-        origin. intrinsics: (4,) or (P, 4) in pixels of the input image, if they change. Raises CameraError, which leaves the stream as it
-        was, and EngineError, after which the stream cannot go on.
+        origin. Raises CameraError, which leaves the stream as it was, and EngineError, after which the stream cannot go on.
         """
         given = np.asarray(poses, np.float64)
         if given.ndim != 3 or len(given) != self.poses_needed:
@@ -111,10 +107,7 @@ class Stream:
         limit = self.world.config.dit.rope_frames
         if span.end > limit:
             raise InputError(f"the model's time axis ends after {limit} latent frames ({8 * limit - 7} frames); start a new stream from the last frame")
-        rows = self._intrinsics
-        if intrinsics is not None:
-            rows = adjust_for_resize_crop(np.atleast_2d(np.asarray(intrinsics, np.float64)), self._crop)
-        packed = self._packer.push(given, rows if rows.ndim == 1 or len(rows) > 1 else rows[0])
+        packed = self._packer.push(given, self._rows(len(given)))
         seconds: dict[str, float] = {}
         buffers = self._buffers["first" if span.kind == "first" else "steady"]
 
@@ -131,20 +124,24 @@ class Stream:
         self.chunks_done += 1
         return Chunk(span.index, frames, latents, given, seconds)
 
-    def generate(self, poses: ArrayLike, intrinsics: ArrayLike | None = None) -> Iterator[Chunk]:
+    def _rows(self, count: int) -> NDArray[np.float64]:
+        """Intrinsics (count, 4) of the next frames."""
+        last = len(self._intrinsics) - 1
+        return self._intrinsics[np.minimum(np.arange(self.frames_done, self.frames_done + count), last)]
+
+    def generate(self, poses: ArrayLike) -> Iterator[Chunk]:
         """Generate along a whole trajectory, one chunk at a time.
 
-        poses (F, 4, 4) with F = the next `poses_needed` plus a multiple of the later ones'; intrinsics (4,) or (F, 4) in input-image pixels.
+        poses (F, 4, 4) with F = the next `poses_needed` plus a multiple of the later ones'.
         """
         path = np.asarray(poses, np.float64)
-        rows = None if intrinsics is None else np.asarray(intrinsics, np.float64)
         later = CameraPacker.poses_needed(self.world.config.stream.chunk_frames, False)
         if len(path) < self.poses_needed or (len(path) - self.poses_needed) % later:
             raise CameraError(f"expected {self.poses_needed} + {later}k poses, found {len(path)}; trim or extend the camera path")
         start = 0
         while start < len(path):
             end = start + self.poses_needed
-            yield self.step(path[start:end], rows[start:end] if rows is not None and rows.ndim == 2 else rows)
+            yield self.step(path[start:end])
             start = end
 
     def hold(self, keys: str, integrator: ActionIntegrator) -> Chunk:

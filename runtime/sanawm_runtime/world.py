@@ -94,15 +94,18 @@ class World:
         """Begin a stream: encode the first frame and the prompt.
 
         image: path, file bytes, PIL image, or (H, W, 3) uint8; resized and cropped to the model's frame. intrinsics: in pixels of that image:
-        "fx,fy,cx,cy", a file, or an array (4,), (3, 3), (F, 4), (F, 3, 3), of which streaming uses the first row; without them a pinhole of
-        `fov_degrees` horizontally (70 by default). seed: 0 to 2**64 - 1; the same seed gives the same bytes. Raises InputError, CameraError.
+        "fx,fy,cx,cy", a file, or an array (4,), (3, 3), (F, 4), (F, 3, 3), of which the first row holds for the stream; without them a pinhole
+        of `fov_degrees` horizontally (70 by default). seed: 0 to 2**64 - 1; the same seed gives the same bytes. Raises InputError, CameraError.
         """
-        pixels, geometry = self._prepare_image(image)
-        rows = self.input_intrinsics(intrinsics, geometry, 1, fov_degrees)
+        pixels, geometry = self.prepare_image(image)
+        return self.start_prepared(pixels, prompt, self.input_intrinsics(intrinsics, geometry, 1, fov_degrees), seed=seed)
+
+    def start_prepared(self, pixels: NDArray[np.uint8], prompt: str, intrinsics: NDArray[np.float64], *, seed: int = 42) -> Stream:
+        """`start` on a frame of the model's size and intrinsics (F, 4) in its pixels, one row a pixel frame; the last one holds on."""
         ids, mask = self._tokenizer.encode(prompt)
         text = self._encode_text(ids, mask)
         latent = self._encode_image(to_model_range(pixels))
-        return Stream(self, text, latent, pixels, geometry, rows[0], seed)
+        return Stream(self, text, latent, pixels, intrinsics, seed)
 
     def input_intrinsics(
         self, intrinsics: IntrinsicsSource | None, geometry: CropGeometry, frames: int, fov_degrees: float | None = None
@@ -118,7 +121,8 @@ class World:
             rows = load_intrinsics(intrinsics, frames, (width, height))
         return adjust_for_resize_crop(rows, geometry)
 
-    def _prepare_image(self, image: ImageSource) -> tuple[NDArray[np.uint8], CropGeometry]:
+    def prepare_image(self, image: ImageSource) -> tuple[NDArray[np.uint8], CropGeometry]:
+        """Any accepted image as a frame of the model's size, (H, W, 3) uint8, and how it was cut. Raises InputError."""
         source = image if isinstance(image, (np.ndarray, Image.Image)) else load_image(image)
         return resize_and_crop(source, *self.image_size)
 

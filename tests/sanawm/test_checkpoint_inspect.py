@@ -104,7 +104,7 @@ def test_expected_tables() -> None:
     assert full["tensors"]["blocks.0.attn.qkv.weight"] == [6720, 2240]
     assert not any("recall_gate" in name for name in full["tensors"])
     assert expected("tiny")["parameters"] == parameters(dit_tensors(tiny_config().dit))
-    text = text_of(render_expected(full))
+    text = text_of(render_expected("full", full))
     assert "850 tensors, 2,661,800,448 parameters" in text and "6720x2240" in text
     with pytest.raises(UserError, match="unknown preset"):
         expected("huge")

@@ -75,6 +75,22 @@ def _pointers(k, k_row, v, v_row, start, BN: tl.constexpr, P: tl.constexpr, TRAN
 
 
 @triton.jit
+def _segment(
+    q, k, k_row, v, v_row, n, m, denominator, acc, scale,
+    BN: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All keys of a segment: whole blocks in a pipelined loop without masks over keys, then what rests."""
+    whole = n // BN * BN
+    for start in range(0, whole, BN):
+        k_at, v_at = _pointers(k, k_row, v, v_row, start, BN, P, FP8)
+        m, denominator, acc = _update(q, k_at, v_at, BN, m, denominator, acc, scale, BN, P, D, False, FP8, FP8, PRECISION, P == D)
+    if n > whole:
+        k_at, v_at = _pointers(k, k_row, v, v_row, whole, BN, P, FP8)
+        m, denominator, acc = _update(q, k_at, v_at, n - whole, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
+    return m, denominator, acc
+
+
+@triton.jit
 def _store(
     acc, row, valid, head, out, codes, scales, quant_scale,
     BM: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
@@ -149,17 +165,24 @@ def window_attention(
         k_at, v_at = _pointers(k, k_row, v, v_row, start * BN, BN, P, FP8)
         m, denominator, acc = _update(q_tile, k_at, v_at, BN, m, denominator, acc, scale, BN, P, D, False, FP8, FP8, PRECISION, P == D)
 
-    if n0 % BN != 0:
-        k_at, v_at = _pointers(k0, k0_row, v0, v0_row, whole0 * BN, BN, P, FP8)
-        m, denominator, acc = _update(q_tile, k_at, v_at, n0 % BN, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
-    if k1 is not None:
-        if n1 % BN != 0:
-            k_at, v_at = _pointers(k1, k1_row, v1, v1_row, whole1 * BN, BN, P, FP8)
-            m, denominator, acc = _update(q_tile, k_at, v_at, n1 % BN, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
-    if k2 is not None:
-        if n2 % BN != 0:
-            k_at, v_at = _pointers(k2, k2_row, v2, v2_row, whole2 * BN, BN, P, FP8)
-            m, denominator, acc = _update(q_tile, k_at, v_at, n2 % BN, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
+    SEGMENTS: tl.constexpr = 1 + (k1 is not None) + (k2 is not None)
+    for i in range(0, SEGMENTS):
+        k, k_row, v, v_row, start, rest = k0, k0_row, v0, v0_row, whole0, n0 - whole0 * BN
+        if k1 is not None:
+            second = i >= 1
+            k, v = tl.where(second, k1, k), tl.where(second, v1, v)
+            k_row, v_row = tl.where(second, k1_row, k_row), tl.where(second, v1_row, v_row)
+            start = tl.where(second, whole1, start)
+            rest = tl.where(second, n1 - whole1 * BN, rest)
+        if k2 is not None:
+            second = i >= 2
+            k, v = tl.where(second, k2, k), tl.where(second, v2, v)
+            k_row, v_row = tl.where(second, k2_row, k_row), tl.where(second, v2_row, v_row)
+            start = tl.where(second, whole2, start)
+            rest = tl.where(second, n2 - whole2 * BN, rest)
+        if rest > 0:
+            k_at, v_at = _pointers(k, k_row, v, v_row, start * BN, BN, P, FP8)
+            m, denominator, acc = _update(q_tile, k_at, v_at, rest, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
 
     acc = acc / denominator[:, None]
     if FP8:

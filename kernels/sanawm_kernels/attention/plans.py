@@ -58,12 +58,12 @@ def window_attention(
     fp8 = kind == "fp8e4nv"
     out = out or kind
     row = stride(heads * width)
-    entries: dict[str, str | None] = {"q": pointer(kind), "q_row": row, "q_batch": "i64"}
+    entries: dict[str, str | None] = {"q": pointer(kind), "q_row": row, "q_batch": "i64:16"}
     for i in range(3):
         here = i < segments
-        entries |= {f"k{i}": pointer(kind if here else None), f"k{i}_row": row if here else None, f"k{i}_batch": "i64" if here else None}
+        entries |= {f"k{i}": pointer(kind if here else None), f"k{i}_row": row if here else None, f"k{i}_batch": "i64:16" if here else None}
         entries |= {f"v{i}": pointer(kind if here else None), f"v{i}_row": ("i32:16" if fp8 else row) if here else None}
-        entries |= {f"v{i}_batch": "i64" if here else None, f"n{i}": "i32" if here else None}
+        entries |= {f"v{i}_batch": "i64:16" if here else None, f"n{i}": "i32" if here else None}
     entries |= {name: "*fp32" if fp8 else None for name in ("q_scale", "k_scale", "v_scale")}
     entries |= {name: "*fp32:16" if ucpe else None for name in ("rays", "cos", "sin")}
     entries |= {"out": pointer(out if keep else None)} | quant_entries(quant) | {"N": "i32", "softmax_scale": "fp32"}
@@ -105,8 +105,8 @@ def cross_attention(
     """Cross-attention with the query norm; `parts` partial sums of squares a row, 0 to measure them; `small` tiles are for float32 tests."""
     row = stride(heads * width)
     entries: dict[str, str | None] = {
-        "q": pointer(kind), "q_row": row, "q_batch": "i64", "k": pointer(kind), "v": pointer(kind), "k_row": row, "k_batch": "i64", "v_row": row,
-        "v_batch": "i64", "mask": "*u8", "q_norm": pointer(weight), "squares": "*fp32:16" if parts else None, "out": pointer(kind if keep else None),
+        "q": pointer(kind), "q_row": row, "q_batch": "i64:16", "k": pointer(kind), "v": pointer(kind), "k_row": row, "k_batch": "i64:16", "v_row": row,
+        "v_batch": "i64:16", "mask": "*u8", "q_norm": pointer(weight), "squares": "*fp32:16" if parts else None, "out": pointer(kind if keep else None),
     }  # fmt: skip
     entries |= quant_entries(quant) | {"N": "i32", "L": "i32", "softmax_scale": "fp32"}
     signature, absent = arguments(entries)

@@ -39,14 +39,14 @@ def apply(
 ):  # fmt: skip
     """Grid (cdiv(S, R), B*H*T, branches), camera first. Writes the outputs (B, N, C), rows `out_row` apart."""
     head, frame = tl.program_id(1) // T, tl.program_id(1) % T
-    batch, first = head // H, (head % H) * D
+    batch, first = (head // H).to(tl.int64), (head % H) * D
     position = tl.program_id(0) * R + tl.arange(0, R)
     valid = position < S
     token = frame * S + position
     channel = tl.arange(0, P)
     stored = valid[:, None] & (channel < D)[None, :]
     state = applied + (head * T + frame).to(tl.int64) * (D * D)
-    tokens = (batch * (T * S)).to(tl.int64)
+    tokens = batch * (T * S)
 
     if CAMERA:
         if tl.program_id(2) == 0:

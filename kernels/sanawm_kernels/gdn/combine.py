@@ -43,7 +43,7 @@ def _correction(inflation, slot, S: tl.constexpr, SPLITS: tl.constexpr, CAMERA: 
 
 @triton.jit
 def _scan_rows(
-    gram, update, inflation, state_in, state_out, later, applied, decay_logits, A_log, dt_bias, block,
+    gram, update, inflation, slot, state_in, state_out, carried, later, applied, decay_logits, A_log, dt_bias, block,
     H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, CAMERA: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _scan_rows(
     for back in range(T - 1):
         t = T - 1 - back
         state *= _decay(decay_logits, A_log, dt_bias, t, H)
-        factor = _correction(inflation, t * SPLITS, S, SPLITS, CAMERA)
+        factor = _correction(inflation, slot + t * SPLITS, S, SPLITS, CAMERA)
         a = _sum_splits(gram + t * (SPLITS * D * D) + square, in_square, D * D, SPLITS)
         u = _sum_splits(update + t * (SPLITS * D * D) + rows, in_rows, D * D, SPLITS)
         state += factor * (u - product(state, a, tl.zeros((ROWS, P), tl.float32), PRECISION))
@@ -70,12 +70,12 @@ def _scan_rows(
     tl.debug_barrier()
 
     if HAS_STATE:
-        state = tl.load(state_in + rows, mask=in_rows, other=0.0)
+        state = tl.load(state_in + carried + rows, mask=in_rows, other=0.0)
     else:
         state = tl.zeros((ROWS, P), tl.float32)
     for t in range(T):
         state *= _decay(decay_logits, A_log, dt_bias, t, H)
-        factor = _correction(inflation, t * SPLITS, S, SPLITS, CAMERA)
+        factor = _correction(inflation, slot + t * SPLITS, S, SPLITS, CAMERA)
         a = _sum_splits(gram + t * (SPLITS * D * D) + square, in_square, D * D, SPLITS)
         u = _sum_splits(update + t * (SPLITS * D * D) + rows, in_rows, D * D, SPLITS)
         state += factor * (u - product(state, a, tl.zeros((ROWS, P), tl.float32), PRECISION))
@@ -83,19 +83,20 @@ def _scan_rows(
         # Stored key x value, as `apply` multiplies it.
         tl.store(applied + t * (D * D) + across, tl.trans(seen).to(applied.dtype.element_ty), mask=in_across)
     if COMMIT:
-        tl.store(state_out + rows, state, mask=in_rows)
+        # The state may be updated in place: no thread may still be reading it.
+        tl.debug_barrier()
+        tl.store(state_out + carried + rows, state, mask=in_rows)
 
 
 @triton.jit
 def _scan_normaliser(
-    gram, column, z_in, z_out, later, applied, decay_logits, A_log, dt_bias,
+    gram, column, z_in, z_out, carried, later, applied, decay_logits, A_log, dt_bias,
     H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
 ):  # fmt: skip
-    # A' is read transposed, along its columns, so that the product z A' is a sum over the first axis and keeps z's layout.
-    i, channel = tl.arange(0, P), tl.arange(0, P)
+    channel = tl.arange(0, P)
     inside = channel < D
-    square = channel[None, :] * D + i[:, None]
-    in_square = (i < D)[:, None] & inside[None, :]
+    square = channel[:, None] * D + channel[None, :]
+    in_square = inside[:, None] & inside[None, :]
     z = tl.zeros((P,), tl.float32)
     for back in range(T - 1):
         t = T - 1 - back
@@ -107,7 +108,7 @@ def _scan_normaliser(
     tl.debug_barrier()
 
     if HAS_STATE:
-        z = tl.load(z_in + channel, mask=inside, other=0.0)
+        z = tl.load(z_in + carried + channel, mask=inside, other=0.0)
     else:
         z = tl.zeros((P,), tl.float32)
     for t in range(T):
@@ -117,7 +118,9 @@ def _scan_normaliser(
         z += b - tl.sum(a * z[None, :], 1)
         tl.store(applied + t * D + channel, z + tl.load(later + t * D + channel, mask=inside & (t < T - 1), other=0.0), mask=inside)
     if COMMIT:
-        tl.store(z_out + channel, z, mask=inside)
+        # The state may be updated in place: no thread may still be reading it.
+        tl.debug_barrier()
+        tl.store(z_out + carried + channel, z, mask=inside)
 
 
 @triton.jit
@@ -145,7 +148,7 @@ def combine(
     if CAMERA:
         if job < BLOCKS:
             _scan_rows(
-                gram + splits, update + splits, inflation + slot, camera_state_in + carried, camera_state_out + carried,
+                gram + splits, update + splits, inflation, slot, camera_state_in, camera_state_out, carried,
                 later + frames, applied + frames, decay_logits, A_log, dt_bias, job,
                 H, T, S, D, P, ROWS, SPLITS, PRECISION, True, HAS_STATE, COMMIT,
             )  # fmt: skip
@@ -154,13 +157,13 @@ def combine(
         main_frames = frames + tl.cast(heads * T, tl.int64) * (D * D)
         if (job >= CAMERA * BLOCKS) & (job < (CAMERA + 1) * BLOCKS):
             _scan_rows(
-                gram + main_splits, update + main_splits, inflation, main_state_in + carried, main_state_out + carried,
+                gram + main_splits, update + main_splits, inflation, slot, main_state_in, main_state_out, carried,
                 later + main_frames, applied + main_frames, decay_logits, A_log, dt_bias, job - CAMERA * BLOCKS,
                 H, T, S, D, P, ROWS, SPLITS, PRECISION, False, HAS_STATE, COMMIT,
             )  # fmt: skip
         if job == (CAMERA + 1) * BLOCKS:
             _scan_normaliser(
-                gram + main_splits + tl.cast(heads * T * SPLITS, tl.int64) * (D * D), column + slot * D, z_in + head * D, z_out + head * D,
+                gram + main_splits + tl.cast(heads * T * SPLITS, tl.int64) * (D * D), column + slot * D, z_in, z_out, head * D,
                 later_z + head * T * D, applied_z + head * T * D, decay_logits, A_log, dt_bias,
                 H, T, D, P, SPLITS, HAS_STATE, COMMIT,
             )  # fmt: skip

@@ -14,14 +14,14 @@ import triton.language as tl
 
 
 @triton.jit
-def _raw_frames(k, tail, inside, T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, k_row, HAS_TAIL: tl.constexpr):
+def _raw_frames(k, tail, offset, inside, T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, k_row, HAS_TAIL: tl.constexpr):
     """Raw keys at one position as a tuple of T + 3 rows: the three frames before the chunk, then the chunk."""
     rows = ()
     for i in tl.static_range(3):
         if HAS_TAIL:
-            rows = rows + (tl.load(tail + i * S * C, mask=inside, other=0.0),)
+            rows = rows + (tl.load(tail + offset + i * S * C, mask=inside, other=0.0),)
         else:
-            rows = rows + (tl.zeros(inside.shape, tail.dtype.element_ty),)
+            rows = rows + (tl.zeros(inside.shape, k.dtype.element_ty),)
     for t in tl.static_range(T):
         rows = rows + (tl.load(k + t * S * k_row, mask=inside, other=0.0),)
     return rows
@@ -62,7 +62,7 @@ def _query_scale(q, inside0, inside1, channel0, channel1, C: tl.constexpr, C1: t
 
 @triton.jit
 def _prepare_branch(
-    q, k, k_norm, conv, tail_in, tail_out, keys, q_scale, k_scale, position, batch, row, batch_stride,
+    q, k, k_norm, conv, tail_in, tail_out, keys, q_scale, k_scale, position, batch, slot, row, batch_stride,
     T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EPS: tl.constexpr, KEY_SCALE: tl.constexpr,
     HAS_STATE: tl.constexpr, CARRY: tl.constexpr, COMMIT: tl.constexpr, STORE_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -71,20 +71,20 @@ def _prepare_branch(
     inside0, inside1 = channel0 < C, channel1 < C
     row = row.to(tl.int64)
     first = batch * batch_stride + position * row
-    scale = batch * (T * S) + position
+    scale = slot * (T * S) + position
     for t in tl.static_range(T):
         inverse = _query_scale(q + first + t * S * row, inside0, inside1, channel0, channel1, C, C1, EPS)
         tl.store(q_scale + scale + t * S, inverse)
 
-    tail = (batch.to(tl.int64) * 3 * S + position) * C
-    rows0 = _raw_frames(k + first + channel0, tail_in + tail + channel0, inside0, T, S, C, row, HAS_STATE)
+    tail = (batch * 3 * S + position) * C
+    rows0 = _raw_frames(k + first + channel0, tail_in, tail + channel0, inside0, T, S, C, row, HAS_STATE)
     w0 = _taps(conv, channel0, inside0, C0)
     norm0 = tl.load(k_norm + channel0, mask=inside0, other=0.0).to(tl.float32) * KEY_SCALE
     if C1 > 0:
-        rows1 = _raw_frames(k + first + channel1, tail_in + tail + channel1, inside1, T, S, C, row, HAS_STATE)
+        rows1 = _raw_frames(k + first + channel1, tail_in, tail + channel1, inside1, T, S, C, row, HAS_STATE)
         w1 = _taps(conv, channel1, inside1, C1)
         norm1 = tl.load(k_norm + channel1, mask=inside1, other=0.0).to(tl.float32) * KEY_SCALE
-    key = (batch.to(tl.int64) * (T * S) + position) * C
+    key = (slot * (T * S) + position) * C
     for t in tl.static_range(T):
         y0 = _filtered(rows0, w0, t, T, CARRY and HAS_STATE)
         total = tl.sum(y0 * y0, 0)
@@ -118,19 +118,18 @@ def prepare(
     HAS_STATE: tl.constexpr, COMMIT: tl.constexpr, STORE_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Grid (S, B, branches). Scratch: keys (2, B, N, C), q_scale and k_scale (2, B, N) float32; index 0 is the camera branch, 1 the main."""
-    position, batch, branch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    position, batch, branch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     if CAMERA:
         if branch == 0:
             _prepare_branch(
                 camera_q, camera_k, camera_k_norm, camera_conv, camera_tail_in, camera_tail_out, keys, q_scale, k_scale,
-                position, batch, camera_row, camera_batch,
+                position, batch, batch, camera_row, camera_batch,
                 T, S, C, C0, C1, EPS, KEY_SCALE, HAS_STATE, CAMERA_CARRY, COMMIT, STORE_KEYS,
             )  # fmt: skip
     if MAIN:
         if branch == CAMERA:
             _prepare_branch(
-                main_q, main_k, main_k_norm, main_conv, main_tail_in, main_tail_out,
-                keys + tl.cast(B * T * S, tl.int64) * C, q_scale + B * T * S, k_scale + B * T * S,
-                position, batch, main_row, main_batch,
+                main_q, main_k, main_k_norm, main_conv, main_tail_in, main_tail_out, keys, q_scale, k_scale,
+                position, batch, B + batch, main_row, main_batch,
                 T, S, C, C0, C1, EPS, KEY_SCALE, HAS_STATE, True, COMMIT, STORE_KEYS,
             )  # fmt: skip

@@ -29,7 +29,9 @@ def _filter_again(
     T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, D: tl.constexpr, KEY_SCALE: tl.constexpr, CARRY: tl.constexpr,
 ):  # fmt: skip
     """Finished keys from raw ones, exactly as in `prepare`, for a tile of one head."""
-    k, _, k_scale, tail, conv, norm = source
+    k, offset, _, k_scale, token_offset, tail, tail_offset, conv, norm, head_channel = source
+    k += offset
+    conv += head_channel * 4
     inside = (channel < D)[None, :]
     y = _head_tile(k, frame * S + position, valid, channel, row, D)
     y *= tl.load(conv + channel * 4 + 3, mask=channel < D, other=0.0).to(tl.float32)[None, :]
@@ -37,11 +39,11 @@ def _filter_again(
         mixed = _head_tile(k, (frame - j) * S + position, valid & (frame >= j), channel, row, D)
         mixed += _head_tile(k, (frame + j) * S + position, valid & (frame + j < T), channel, row, D)
         if CARRY:
-            before = tail + ((frame - j + 3) * S + position)[:, None] * C + channel[None, :]
+            before = tail + tail_offset + ((frame - j + 3) * S + position)[:, None] * C + channel[None, :]
             mixed += tl.load(before, mask=valid[:, None] & inside & (frame < j), other=0.0).to(tl.float32)
         y += mixed * tl.load(conv + channel * 4 + (3 - j), mask=channel < D, other=0.0).to(tl.float32)[None, :]
-    weight = tl.load(norm + channel, mask=channel < D, other=0.0).to(tl.float32) * KEY_SCALE
-    inverse = tl.load(k_scale + frame * S + position, mask=valid, other=0.0)
+    weight = tl.load(norm + head_channel + channel, mask=channel < D, other=0.0).to(tl.float32) * KEY_SCALE
+    inverse = tl.load(k_scale + token_offset + frame * S + position, mask=valid, other=0.0)
     return tl.maximum(y * inverse[:, None] * weight[None, :], 0.0)
 
 
@@ -50,9 +52,12 @@ def _keys(
     source, frame, position, valid, channel, row,
     T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, D: tl.constexpr, KEY_SCALE: tl.constexpr, CARRY: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
-    """Finished keys of a tile of one head. source: raw keys, stored keys, their scales, tail, taps, norm weight, all at the head."""
+    """Finished keys of a tile of one head.
+
+    source: raw keys and offset, stored keys, reciprocal RMS and the batch's first token, tail and offset, taps, norm, the head's first channel.
+    """
     if STORED:
-        return _head_tile(source[1], frame * S + position, valid, channel, C, D)
+        return _head_tile(source[2] + source[4] * C + source[9], frame * S + position, valid, channel, C, D)
     else:
         return _filter_again(source, frame, position, valid, channel, row, T, S, C, D, KEY_SCALE, CARRY)
 
@@ -175,7 +180,7 @@ def summarize(
     # Whole steps go to each split.
     SHARE: tl.constexpr = (S + R * SPLITS - 1) // (R * SPLITS) * R
     PARTS: tl.constexpr = 1 if FUSED else 2
-    batch, head = tl.program_id(0) // H, tl.program_id(0) % H
+    batch, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     frame, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
     job = tl.program_id(2)
     start = split * SHARE
@@ -183,15 +188,15 @@ def summarize(
     slot = (tl.program_id(0) * T + frame) * SPLITS + split
     slots: tl.constexpr = B * H * T * SPLITS
     first = head * D
-    tokens = (batch * (T * S)).to(tl.int64)
-    tail = (batch * (3 * S)).to(tl.int64) * C + first
+    tokens = batch * (T * S)
+    tail = batch * (3 * S * C) + first
     beta += batch * beta_batch + head
 
     if CAMERA:
         if job < PARTS:
             row = camera_row.to(tl.int64)
             offset = batch * camera_batch + first
-            source = (camera_k + offset, keys + tokens * C + first, k_scale + tokens, camera_tail + tail, camera_conv + first * 4, camera_k_norm + first)
+            source = (camera_k, offset, keys, k_scale, tokens, camera_tail, tail, camera_conv, camera_k_norm, first)
             v = camera_v + offset
             inverse = rays_inverse + batch * rays_batch
             if job == 0:
@@ -208,8 +213,7 @@ def summarize(
         if job >= CAMERA * PARTS:
             row = main_row.to(tl.int64)
             offset = batch * main_batch + first
-            every = tokens + B * T * S
-            source = (main_k + offset, keys + every * C + first, k_scale + every, main_tail + tail, main_conv + first * 4, main_k_norm + first)
+            source = (main_k, offset, keys, k_scale, tokens + B * T * S, main_tail, tail, main_conv, main_k_norm, first)
             v = main_v + offset
             if job == CAMERA * PARTS:
                 _main_job(

@@ -153,7 +153,7 @@ def transpose_values(kind: str, heads: int, width: int) -> KernelVariant:
         name=f"tokenwise.transpose_values.h{heads}.d{width}.{kind}",
         kernel=f"{HEADS}:transpose_values",
         signature={
-            "v": f"*{kind}:16", "v_row": stride(heads * width), "v_batch": "i64", "scale": "*fp32", "out": "*fp8e4nv:16", "TOKENS": "i32", "out_row": "i32:16",
+            "v": f"*{kind}:16", "v_row": stride(heads * width), "v_batch": "i64:16", "scale": "*fp32", "out": "*fp8e4nv:16", "TOKENS": "i32", "out_row": "i32:16",
         },
         constexprs={"HEADS": heads, "D": width, "P": power_of_two(width, 16), "R": 64},
         grid=("cdiv(TOKENS, R)", "HEADS", "BATCH"),

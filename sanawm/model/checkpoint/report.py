@@ -43,9 +43,9 @@ def render_inspection(report: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
-def render_expected(table: dict[str, Any]) -> RenderableType:
-    """Renderable of `expected`'s result: every name and shape, and the number of parameters."""
+def render_expected(preset: str, table: dict[str, Any]) -> RenderableType:
+    """Renderable of `expected(preset)`'s result: every name and shape, and the number of parameters."""
     out = Table("tensor", "shape", box=None, header_style="bold", pad_edge=False)
     for name, shape in table["tensors"].items():
         out.add_row(Text(name), "x".join(map(str, shape)))
-    return Group(out, Text(f"{len(table['tensors'])} tensors, {table['parameters']:,} parameters", "bold"))
+    return Group(out, Text(f"{len(table['tensors'])} tensors, {table['parameters']:,} parameters (preset {preset})", "bold"))

@@ -24,7 +24,7 @@ __all__ = ["LAYOUTS", "SynthLayout", "synth_tensor", "synthesize"]
 
 SynthLayout = Literal["streaming", "bidirectional", "diffusers"]
 LAYOUTS: tuple[SynthLayout, ...] = ("streaming", "bidirectional", "diffusers")
-Progress = Callable[[int, int, str], None]  # bytes written, bytes in all, tensor that is being written
+Progress = Callable[[str, int, int], None]  # tensor that is being written, bytes written, bytes in all
 
 BIDIRECTIONAL_FILE = "dit/sana_wm_1600m_720p.safetensors"
 _DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
@@ -150,7 +150,7 @@ class _Writer:
                 yield values.data.cast("B")
                 self.done += values.nbytes
                 if self.progress:
-                    self.progress(self.done, self.total, entry.key)
+                    self.progress(entry.key, self.done, self.total)
 
         return fill
 

@@ -1,0 +1,154 @@
+"""Fused gated delta network of a block: both branches in four launches.
+
+Shapes: B batch, T frames, S tokens a frame, N = T*S tokens, C channels, H heads, D = C/H head width. Inputs may be slices of one merged
+projection (B, N, W): rows of adjacent channels at one distance. The plain definition is `sanawm_kernels.gdn.naive`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanawm_kernels.gdn import checks
+from sanawm_kernels.gdn.arguments import BlockOutput, CameraBranch, GDNState, MainBranch
+from sanawm_kernels.gdn.naive import Gates
+from sanawm_kernels.gdn.plans import Problem, plan, row
+from sanawm_kernels.gdn.workspace import scratch
+from sanawm_kernels.tokenwise.launch import launch, target
+
+
+def block_gdn(
+    main: MainBranch | None,
+    camera: CameraBranch | None,
+    gates: Gates,
+    *,
+    chunks: Sequence[int],
+    key_scale: float,
+    state: GDNState | None = None,
+    commit: bool = True,
+    precision: str | None = None,
+    state_out: GDNState | None = None,
+    main_out: Tensor | None = None,
+    camera_out: Tensor | None = None,
+) -> BlockOutput:
+    """One or both branches of a GDN block over one chunk of 1 to 5 frames.
+
+    gates: write-strength logits (B, N, H), decay logits (B, T, H) float32, A_log and dt_bias (H,). state: what the chunk before left, None at
+    the start. commit: also write the new state, to `state_out` (which may be `state`: in place) or to new tensors; without it the call is
+    read-only. precision: operands of the products, "bf16" (default for bfloat16), "tf32" or "ieee" (default for float32); states and sums
+    are float32 in all. Outputs are written to `main_out` and `camera_out` (B, N, C) where given.
+    Raises ValueError for inputs that do not fit, TypeError for dtypes.
+    """
+    problem = checks.problem(main, camera, gates, chunks, key_scale, state, commit, precision)
+    first = main if main is not None else camera
+    assert first is not None
+    device = first.q.device
+    launches = plan(problem, target(device))
+    buffers = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+        for name, (shape, dtype) in scratch(
+            problem.batch, problem.heads, problem.frames, problem.tokens, problem.head_dim,
+            str(first.q.dtype).removeprefix("torch."), problem.precision, row(problem, "summarize", target(device)).settings,
+        ).items()
+    }  # fmt: skip
+    new = checks.new_state(problem, first.q, state_out) if commit else GDNState()
+    if commit and not row(problem, "summarize", target(device)).settings["STORE_KEYS"]:
+        checks.refuse_shared_tails(state, new)
+    outputs = {
+        "main": checks.output(main_out, main.q, "main_out") if main is not None else None,
+        "camera": checks.output(camera_out, camera.q, "camera_out") if camera is not None else None,
+    }
+    arguments = buffers | _gate_arguments(gates) | _state_arguments(state, new)
+    for name, branch in (("main", main), ("camera", camera)):
+        if branch is not None:
+            arguments |= _branch_arguments(name, branch, outputs[name])
+    for variant in launches:
+        launch(variant, {name: arguments[name] for name in variant.signature})
+    return BlockOutput(outputs["main"], outputs["camera"], new if commit else None)
+
+
+def _gate_arguments(gates: Gates) -> dict[str, Any]:
+    beta = gates.beta_logits
+    return {
+        "beta": beta, "beta_batch": beta.stride(0), "beta_row": beta.stride(1), "decay_logits": gates.decay_logits,
+        "A_log": gates.A_log, "dt_bias": gates.dt_bias,
+    }  # fmt: skip
+
+
+def _state_arguments(old: GDNState | None, new: GDNState) -> dict[str, Any]:
+    fields = {"main_state": "s", "z": "z", "camera_state": "s_cam", "main_tail": "k_tail", "camera_tail": "cam_tail"}
+    arguments = {f"{name}_out": getattr(new, field) for name, field in fields.items()}
+    if old is not None:
+        arguments |= {f"{name}_in": getattr(old, field) for name, field in fields.items()}
+        arguments |= {"main_tail": old.k_tail, "camera_tail": old.cam_tail}
+    return arguments
+
+
+def _branch_arguments(name: str, branch: MainBranch | CameraBranch, out: Tensor | None) -> dict[str, Any]:
+    assert out is not None
+    tensors = {"q": branch.q, "k": branch.k, "v": branch.v, "conv": branch.conv, "q_norm": branch.q_norm, "k_norm": branch.k_norm, "out": out}
+    arguments: dict[str, Any] = {f"{name}_{key}": value for key, value in tensors.items()}
+    arguments |= {f"{name}_row": branch.q.stride(1), f"{name}_batch": branch.q.stride(0)}
+    arguments |= {f"{name}_out_row": out.stride(1), f"{name}_out_batch": out.stride(0)}
+    if isinstance(branch, CameraBranch):
+        shared = branch.rays.shape[0] == 1
+        rays = {"rays": branch.rays, "rays_inverse": branch.rays_inverse, "rays_batch": 0 if shared else branch.rays.stride(0)}
+        return arguments | rays | {"camera_cos": branch.cos, "camera_sin": branch.sin}
+    return arguments | {"cos": branch.cos, "sin": branch.sin}
+
+
+def main_gdn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    conv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    chunks: Sequence[int],
+    key_scale: float,
+    state: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Main branch alone; see `sanawm_kernels.gdn.naive.main_gdn`. One chunk of at most 5 frames."""
+    carried = None if state is None else GDNState(s=state[0], z=state[1], k_tail=state[2])
+    branch = MainBranch(q, k, v, conv, q_norm, k_norm, cos, sin)
+    result = block_gdn(branch, None, gates, chunks=chunks, key_scale=key_scale, state=carried)
+    assert result.main is not None and result.state is not None
+    new = result.state
+    assert new.s is not None and new.z is not None and new.k_tail is not None
+    return result.main, new.s, new.z, new.k_tail
+
+
+def camera_gdn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    conv: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    rays: Tensor,
+    rays_inverse: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    chunks: Sequence[int],
+    key_scale: float,
+    clamp: bool = False,
+    carry: bool = True,
+    state: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Camera branch alone; see `sanawm_kernels.gdn.naive.camera_gdn`. One chunk of at most 5 frames."""
+    carried = None if state is None else GDNState(s_cam=state[0], cam_tail=state[1])
+    branch = CameraBranch(q, k, v, conv, q_norm, k_norm, rays, rays_inverse, cos, sin, clamp, carry)
+    result = block_gdn(None, branch, gates, chunks=chunks, key_scale=key_scale, state=carried)
+    assert result.camera is not None and result.state is not None
+    new = result.state
+    assert new.s_cam is not None and new.cam_tail is not None
+    return result.camera, new.s_cam, new.cam_tail

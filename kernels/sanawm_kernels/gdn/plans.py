@@ -1,0 +1,197 @@
+"""How the gated delta network's kernels are specialised: constants, signature, grid, warps.
+
+Used by the host wrapper and by the ahead-of-time build alike; needs neither torch nor triton. Types are Triton's names ("bf16", "fp32").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_kernels.gdn.table import TABLE
+from sanawm_kernels.tuning import Row, choose
+
+NORM_EPS = 1e-5
+DENOMINATOR_EPS = 1e-8
+PRECISIONS = ("bf16", "tf32", "ieee")
+MAX_FRAMES = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call's sizes, types and form.
+
+    kind: dtype of projections, write-strength logits, tails and outputs; weight_kind: of norms and taps; gate_kind: of A_log and dt_bias.
+    precision: how products round their operands. has_state: a chunk came before. commit: write the state this chunk leaves.
+    main, camera: the branches computed. rays_shared: one set of ray matrices for the whole batch.
+    """
+
+    batch: int
+    heads: int
+    head_dim: int
+    frames: int
+    tokens: int
+    key_scale: float
+    kind: str = "bf16"
+    weight_kind: str = "bf16"
+    gate_kind: str = "bf16"
+    precision: str = "bf16"
+    has_state: bool = True
+    commit: bool = True
+    main: bool = True
+    camera: bool = True
+    clamp: bool = False
+    camera_carry: bool = True
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def padded(self) -> int:
+        """Head width padded to a power of two."""
+        return max(16, 1 << (self.head_dim - 1).bit_length())
+
+    @property
+    def branches(self) -> str:
+        return "block" if self.main and self.camera else "main" if self.main else "camera"
+
+    def name(self, phase: str, *facts: str) -> str:
+        """Dotted variant name, `gdn.<phase>.<branches>.<frames>f.<type>...`."""
+        return ".".join(("gdn", phase, self.branches, f"{self.frames}f", self.kind, *facts))
+
+
+def row(problem: Problem, phase: str, target: int) -> Row:
+    """The phase's tuning row."""
+    return choose(TABLE, phase, target, precision=problem.precision, kind=problem.kind)
+
+
+def _split(entries: dict[str, str | None]) -> tuple[dict[str, str], dict[str, Any]]:
+    """Signature of the operands that are present, and None constants for the absent ones."""
+    return {name: kind for name, kind in entries.items() if kind is not None}, {name: None for name, kind in entries.items() if kind is None}
+
+
+def _pointer(kind: str, *needed: bool) -> str | None:
+    """A 16-byte aligned pointer, absent unless all of `needed` hold."""
+    return f"*{kind}:16" if all(needed) else None
+
+
+def _stride(kind: str, channels: int, needed: bool) -> str | None:
+    """A distance in elements between rows or batches, which are 16-byte aligned when the channels are a multiple of 16."""
+    return None if not needed else f"{kind}:16" if channels % 16 == 0 else kind
+
+
+def _row_and_batch(p: Problem, branch: str, needed: bool) -> dict[str, str | None]:
+    return {f"{branch}_row": _stride("i32", p.channels, needed), f"{branch}_batch": _stride("i64", p.channels, needed)}
+
+
+def _sizes(p: Problem) -> dict[str, Any]:
+    return {"B": p.batch, "H": p.heads, "T": p.frames, "S": p.tokens, "D": p.head_dim, "P": p.padded, "MAIN": p.main, "CAMERA": p.camera}
+
+
+def _variant(
+    p: Problem, phase: str, tuned: Row, facts: tuple[str, ...], entries: dict[str, str | None], constants: dict[str, Any], grid: tuple[str, str, str]
+) -> KernelVariant:
+    signature, absent = _split(entries)
+    return KernelVariant(
+        name=p.name(phase, *facts), kernel=f"sanawm_kernels.gdn.{phase}:{phase}", signature=signature, constexprs={**absent, **constants}, grid=grid,
+        num_warps=tuned.num_warps, num_stages=tuned.num_stages, hot=True,
+    )  # fmt: skip
+
+
+def _form(p: Problem) -> str:
+    return ("commit" if p.commit else "read") + ("" if p.has_state else "_first")
+
+
+@lru_cache(maxsize=None)
+def prepare(p: Problem, target: int) -> KernelVariant:
+    """Convolution, normalisation and tails: `sanawm_kernels.gdn.prepare`."""
+    first = 1 << (p.channels.bit_length() - 1)
+    rest = p.channels - first
+    entries: dict[str, str | None] = {}
+    for branch, here in (("main", p.main), ("camera", p.camera)):
+        entries |= {f"{branch}_{x}": _pointer(p.kind, here) for x in ("q", "k")}
+        entries |= {f"{branch}_{x}": _pointer(p.weight_kind, here) for x in ("k_norm", "conv")}
+        entries[f"{branch}_tail_in"] = _pointer(p.kind, here, p.has_state)
+        entries[f"{branch}_tail_out"] = _pointer(p.kind, here, p.commit)
+        entries |= _row_and_batch(p, branch, here)
+    stored = row(p, "summarize", target).settings["STORE_KEYS"]
+    entries |= {"keys": _pointer(p.kind, stored), "q_scale": _pointer("fp32"), "k_scale": _pointer("fp32", not stored)}
+    constants = {
+        "B": p.batch, "T": p.frames, "S": p.tokens, "C": p.channels, "C0": first, "C1": max(16, 1 << (rest - 1).bit_length()) if rest else 0,
+        "EPS": NORM_EPS, "KEY_SCALE": p.key_scale, "MAIN": p.main, "CAMERA": p.camera, "CAMERA_CARRY": p.camera_carry,
+        "HAS_STATE": p.has_state, "COMMIT": p.commit, "STORE_KEYS": stored,
+    }  # fmt: skip
+    return _variant(p, "prepare", row(p, "prepare", target), (_form(p),), entries, constants, ("S", "B", "MAIN + CAMERA"))
+
+
+@lru_cache(maxsize=None)
+def summarize(p: Problem, target: int) -> KernelVariant:
+    """Each frame's effect on the state: `sanawm_kernels.gdn.summarize`."""
+    tuned = row(p, "summarize", target)
+    stored = tuned.settings["STORE_KEYS"]
+    carry = {"main": p.has_state and not stored, "camera": p.has_state and p.camera_carry and not stored}
+    entries: dict[str, str | None] = {}
+    for branch, here in (("main", p.main), ("camera", p.camera)):
+        entries |= {f"{branch}_k": _pointer(p.kind, here, not stored), f"{branch}_v": _pointer(p.kind, here)}
+        entries |= {f"{branch}_{x}": _pointer(p.weight_kind, here, not stored) for x in ("k_norm", "conv")}
+        entries[f"{branch}_tail"] = _pointer(p.kind, here, carry[branch])
+        entries |= _row_and_batch(p, branch, here)
+    entries |= {x: _pointer("fp32", p.main) for x in ("cos", "sin")}
+    entries |= {x: _pointer("fp32", p.camera) for x in ("rays_inverse", "camera_cos", "camera_sin")}
+    entries |= {"rays_batch": "i64" if p.camera else None, "beta": f"*{p.kind}", "beta_row": "i32", "beta_batch": "i64"}
+    entries |= {"keys": _pointer(p.kind, stored), "k_scale": _pointer("fp32", not stored), "gram": _pointer("fp32"), "update": _pointer("fp32")}
+    entries |= {"column": _pointer("fp32", p.main), "inflation": _pointer("fp32", p.camera)}
+    constants = {
+        **_sizes(p), **tuned.settings, "KEY_SCALE": p.key_scale, "PRECISION": p.precision, "CLAMP": p.clamp,
+        "MAIN_CARRY": carry["main"], "CAMERA_CARRY": carry["camera"],
+    }  # fmt: skip
+    facts = (p.precision,) + (() if stored else ("carry" if p.has_state else "first",))
+    return _variant(p, "summarize", tuned, facts, entries, constants, ("B * H", "T * SPLITS", "(MAIN + CAMERA) * (2 - FUSED) + MAIN"))
+
+
+@lru_cache(maxsize=None)
+def combine(p: Problem, target: int) -> KernelVariant:
+    """Frames' effects into states: `sanawm_kernels.gdn.combine`."""
+    tuned = row(p, "combine", target)
+    rows = tuned.settings["ROWS"]
+    applied = "bf16" if p.precision == "bf16" else "fp32"
+    entries: dict[str, str | None] = {x: _pointer("fp32") for x in ("gram", "update", "later")}
+    entries |= {x: _pointer("fp32", p.main) for x in ("column", "later_z", "applied_z")}
+    entries |= {"inflation": _pointer("fp32", p.camera), "applied": _pointer(applied)}
+    for state, here in (("main_state", p.main), ("z", p.main), ("camera_state", p.camera)):
+        entries |= {f"{state}_in": _pointer("fp32", here, p.has_state), f"{state}_out": _pointer("fp32", here, p.commit)}
+    entries |= {"decay_logits": "*fp32", "A_log": f"*{p.gate_kind}", "dt_bias": f"*{p.gate_kind}"}
+    # The frames' products are exact enough in tf32 for bf16 operands elsewhere.
+    precision = "ieee" if p.precision == "ieee" else "tf32"
+    constants = {
+        **_sizes(p), "ROWS": rows, "BLOCKS": -(-p.head_dim // rows), "SPLITS": row(p, "summarize", target).settings["SPLITS"],
+        "PRECISION": precision, "HAS_STATE": p.has_state, "COMMIT": p.commit,
+    }  # fmt: skip
+    return _variant(p, "combine", tuned, (p.precision, _form(p)), entries, constants, ("BLOCKS * (MAIN + CAMERA) + MAIN", "B * H", "1"))
+
+
+@lru_cache(maxsize=None)
+def apply(p: Problem, target: int) -> KernelVariant:
+    """States applied to queries: `sanawm_kernels.gdn.apply`."""
+    tuned = row(p, "apply", target)
+    entries: dict[str, str | None] = {}
+    for branch, here in (("main", p.main), ("camera", p.camera)):
+        entries |= {f"{branch}_q": _pointer(p.kind, here), f"{branch}_q_norm": _pointer(p.weight_kind, here), f"{branch}_out": _pointer(p.kind, here)}
+        entries |= _row_and_batch(p, branch, here) | _row_and_batch(p, f"{branch}_out", here)
+    entries |= {x: _pointer("fp32", p.main) for x in ("cos", "sin", "applied_z")}
+    entries |= {x: _pointer("fp32", p.camera) for x in ("rays", "camera_cos", "camera_sin")}
+    entries |= {"rays_batch": "i64" if p.camera else None, "q_scale": _pointer("fp32")}
+    entries["applied"] = _pointer("bf16" if p.precision == "bf16" else "fp32")
+    constants = {**_sizes(p), **tuned.settings, "EPS": DENOMINATOR_EPS, "PRECISION": p.precision, "CLAMP": p.clamp}
+    return _variant(p, "apply", tuned, (p.precision,), entries, constants, ("cdiv(S, R)", "B * H * T", "MAIN + CAMERA"))
+
+
+PHASES = (prepare, summarize, combine, apply)
+
+
+def plan(problem: Problem, target: int) -> tuple[KernelVariant, ...]:
+    """The launches of one call, in order."""
+    return tuple(phase(problem, target) for phase in PHASES)

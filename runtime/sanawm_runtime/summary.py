@@ -1,0 +1,76 @@
+"""What a bundle is, as data and on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sanawm_runtime.bundle import Bundle
+
+
+def bundle_summary(bundle: Bundle) -> dict[str, Any]:
+    """The manifest's essentials as plain data: identity, target, precision, programs with their I/O, sizes, versions, what is unverified."""
+    m = bundle.manifest
+    config = m.config
+    return {
+        "path": str(bundle.root),
+        "digest": bundle.digest,
+        "name": m.name,
+        "created": m.created,
+        "target": {"name": m.target.name, "engine": m.target.engine, "capability": m.target.capability},
+        "precision": {"recipe": m.precision.recipe, "summary": m.precision.summary},
+        "image": {"height": config.image_height, "width": config.image_width, "fps": config.stream.fps},
+        "programs": {
+            name: {
+                "file": p.file,
+                "inputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in p.inputs],
+                "outputs": [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape)} for t in p.outputs],
+                "extras": p.extras,
+            }
+            for name, p in m.programs.items()
+        },
+        "files": {name: entry.size for name, entry in m.files.items()},
+        "bytes": m.total_bytes(),
+        "versions": m.versions,
+        "checkpoint": {"source": m.checkpoint.source, "kind": m.checkpoint.kind, "revision": m.checkpoint.revision, "sha256": m.checkpoint.sha256},
+        "calibration": m.calibration,
+        "parity": m.parity,
+        "unverified": list(m.unverified),
+    }
+
+
+def render_bundle(bundle: Bundle) -> RenderableType:
+    """A page for a person: what the bundle is for, its programs, where it came from."""
+    m = bundle.manifest
+    config, target = m.config, m.target
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column()
+    device = f"{target.name} ({target.capability})" if target.capability and target.capability != target.name else target.name
+    rows = [
+        ("world", f"{m.name}, {config.image_width}x{config.image_height} at {config.stream.fps} frames a second"),
+        ("target", f"{device}, {target.engine} engine"),
+        ("precision", m.precision.recipe),
+        ("size", f"{_size(m.total_bytes())} in {len(m.files)} files"),
+        ("checkpoint", m.checkpoint.source + (f" at {m.checkpoint.revision}" if m.checkpoint.revision else "")),
+        ("built", f"{m.created} with " + ", ".join(f"{k} {v}" for k, v in m.versions.items())),
+        ("digest", bundle.digest[:16]),
+    ]
+    for name, text in rows:
+        facts.add_row(name, text)
+    table = Table("program", "inputs", "outputs", "file", "size")
+    for name, p in m.programs.items():
+        table.add_row(name, str(len(p.inputs)), str(len(p.outputs)), p.file, _size(m.files[p.file].size))
+    parts: list[RenderableType] = [facts, table]
+    parts += [Text(f"unverified: {sentence}", style="yellow") for sentence in m.unverified]
+    return Group(*parts)
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,74 @@
+"""The `sanawm` command: names every command and imports nothing of ours before one is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import click
+
+from sanawm import __version__
+from sanawm.errors import UserError
+
+# name -> (module, attribute, one-line help, extra that the module needs)
+COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "demo": ("sanawm.demo", "demo", "Make a tiny world and stream a clip from it: the whole path on a CPU.", "cpu,export"),
+    "checkpoint": ("sanawm.model.checkpoint.cli", "checkpoint", "Synthesize or inspect checkpoints.", "export"),
+    "export": ("sanawm_export.cli", "export", "Write a checkpoint's programs as ONNX graphs.", "export"),
+    "build-engine": ("sanawm_export.cli", "build_engine", "Build an engine bundle for a target.", "export"),
+    "run": ("sanawm_runtime.cli", "run", "Stream a clip from a bundle.", "cpu"),
+    "inspect": ("sanawm_runtime.cli", "inspect", "Show what a bundle is.", ""),
+    "verify": ("sanawm_runtime.cli", "verify", "Check every file of a bundle against its manifest.", ""),
+    "parity": ("sanawm_export.cli", "parity", "Compare the model with recorded reference vectors.", "export"),
+}
+
+
+class _Door(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _, extra = COMMANDS[cmd_name]
+        try:
+            command: click.Command = getattr(importlib.import_module(module), attribute)
+        except ModuleNotFoundError as error:
+            if error.name and error.name.split(".")[0] in ("sanawm", "sanawm_export", "sanawm_runtime", "sanawm_kernels", "sanawm_calibration"):
+                raise
+            raise UserError(f"`sanawm {cmd_name}` needs {error.name}, which is not installed; run `pip install 'sanawm[{extra}]'`") from error
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
+
+
+@click.group(cls=_Door, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="sanawm")
+def door() -> None:
+    """SANA-WM from checkpoint to engine bundle to live video."""
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run a command line; exits 0, 1 (a check failed), 2 (a user's mistake) or 130 (interrupted)."""
+    try:
+        return door.main(args=arguments, prog_name="sanawm", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except UserError as error:
+        click.echo(f"sanawm: {error}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("sanawm: interrupted", err=True)
+        sys.exit(130)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    main()
