@@ -1,7 +1,8 @@
 """NVIDIA's model optimizer on machines without a GPU.
 
-modelopt 0.47 calibrates and evaluates NVFP4 with Triton kernels alone. `install` registers plain torch versions of them for tensors on the CPU; what
-lies on a GPU still goes to the kernels. Both give the same bits: the tests run modelopt's own kernels in Triton's interpreter beside these.
+modelopt 0.47 calibrates and evaluates NVFP4 with Triton kernels alone. `install` registers plain torch versions of them for tensors on the
+CPU; what lies on a GPU still goes to the kernels. Both give the same bits: the tests run modelopt's own kernels in Triton's interpreter
+beside these.
 
 Shapes: J blocks of 16 elements, flattened.
 """
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sanawm.model.checkpoint.lazy import require
-from sanawm_calibration.block_search import best_block_amax
-from sanawm_kernels.quant.formats import BLOCK, E2M1_MAX, E4M3_MAX, decode_e2m1, round_e2m1
+from sanawm_calibration.block_search import best_block_amax, round_magnitude
+from sanawm_kernels.quant.formats import BLOCK, E2M1_MAX, E4M3_MAX
 
 # Under this block scale (as a plain number) modelopt's dynamic quantizer divides by one instead, which makes the block zero.
 _SMALLEST_SCALE = 1e-5
@@ -44,7 +45,9 @@ def install() -> None:
     kernels = require("modelopt.torch.kernels.quantization.gemm")
     calibrators = require("modelopt.torch.quantization.calib.mse")
     library = torch.library.Library("tensorrt", "IMPL")
-    library.impl("dynamic_block_quantize_op", _dynamic_block_quantize, "CPU", allow_override=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        library.impl("dynamic_block_quantize_op", _dynamic_block_quantize, "CPU", allow_override=True)
     _LIBRARY.append(library)
     kernels.static_blockwise_fp4_fake_quant = _by_device(static_fake_quant, getattr(kernels, "static_blockwise_fp4_fake_quant", None))
     # What this flag guards are the two operations above and a search that falls back by itself.
@@ -65,8 +68,9 @@ def _by_device(plain: Callable[..., Tensor], kernel: Callable[..., Tensor] | Non
 
 
 def _fake_quant(x_J16: Tensor, scale_J1: Tensor) -> Tensor:
-    """Round blocks to e2m1 under their float32 scales; float32. Zero keeps the sign of its quotient's sign test, as in modelopt."""
-    return decode_e2m1(round_e2m1(x_J16 / scale_J1)) * scale_J1
+    """Round blocks to e2m1 under their float32 scales; float32, no negative zeros."""
+    rounded = round_magnitude(x_J16.abs() / scale_J1) * scale_J1
+    return torch.where(x_J16 >= 0, rounded, 0 - rounded)
 
 
 def dynamic_fake_quant(x: Tensor, amax: Tensor) -> Tensor:
@@ -74,7 +78,8 @@ def dynamic_fake_quant(x: Tensor, amax: Tensor) -> Tensor:
     global_scale = amax.float() / (E2M1_MAX * E4M3_MAX)
     global_scale = torch.where(global_scale > 0, global_scale, torch.full_like(global_scale, 1e-12))
     blocks = x.float().reshape(-1, BLOCK)
-    scale = (blocks.abs().amax(1, keepdim=True) / (E2M1_MAX * global_scale)).clamp_max(E4M3_MAX).to(torch.float8_e4m3fn).float() * global_scale
+    wanted = blocks.abs().amax(1, keepdim=True) / (E2M1_MAX * global_scale)
+    scale = wanted.clamp_max(E4M3_MAX).to(torch.float8_e4m3fn).float() * global_scale
     scale = torch.where(scale >= _SMALLEST_SCALE, scale, torch.ones_like(scale))
     return _fake_quant(blocks, scale).reshape(x.shape).to(x.dtype)
 
@@ -83,7 +88,7 @@ def _dynamic_block_quantize(
     x: Tensor, block_size: int, amax: Tensor, num_bits: int, exponent_bits: int, scale_num_bits: int, scale_exponent_bits: int
 ) -> Tensor:
     if (block_size, num_bits, exponent_bits, scale_num_bits, scale_exponent_bits) != (BLOCK, 4, 2, 8, 4):
-        raise NotImplementedError(f"on the CPU only NVFP4 blocks of {BLOCK} are quantized, found blocks of {block_size} with {num_bits} bits")
+        raise NotImplementedError(f"on the CPU only NVFP4 in blocks of {BLOCK} is known, found {num_bits} bits in blocks of {block_size}")
     if x.shape[-1] % BLOCK:
         raise ValueError(f"expected a last axis that is a multiple of {BLOCK}, found shape {tuple(x.shape)}")
     return dynamic_fake_quant(x, amax.amax())

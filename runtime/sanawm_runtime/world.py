@@ -17,7 +17,8 @@ from sanawm.camera.intrinsics import normalise_intrinsics
 from sanawm.errors import BundleError
 from sanawm.programs import Geometry, Program, programs
 from sanawm.prompt import PromptTokenizer
-from sanawm_runtime.bundle import Bundle
+from sanawm_runtime.bundle import Bundle, TargetEntry
+from sanawm_runtime.device import device_capability
 from sanawm_runtime.engines import open_engine
 from sanawm_runtime.engines.base import Buffer
 from sanawm_runtime.stream import Stream
@@ -27,20 +28,10 @@ ImageSource = str | os.PathLike[str] | bytes | NDArray[np.uint8] | Image.Image
 IntrinsicsSource = str | os.PathLike[str] | NDArray
 
 
-def _device_capability() -> str | None:
-    """Capability of the first NVIDIA GPU, as "sm_120"; None without one."""
-    try:
-        from cuda.bindings import driver
-    except ImportError:
-        return None
-    if driver.cuInit(0)[0] != driver.CUresult.CUDA_SUCCESS:
-        return None
-    attribute = driver.CUdevice_attribute
-    parts = (
-        driver.cuDeviceGetAttribute(a, 0)[1]
-        for a in (attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
-    )
-    return "sm_" + "".join(map(str, parts))
+def _check_device(target: TargetEntry) -> None:
+    # A bundle for the CPU does not need the driver to be asked.
+    if target.capability is not None:
+        check_target(target, device_capability())
 
 
 class World:
@@ -75,7 +66,7 @@ class World:
         threads: CPU threads of the onnxruntime engine (default: all cores). verify: "full" hashes the whole bundle now. free_encoders: give
         back the text and image encoders' memory after each start. Raises BundleError or EngineError.
         """
-        bundle = Bundle.open(path, verify=verify, target_check=lambda target: check_target(target, _device_capability()))
+        bundle = Bundle.open(path, verify=verify, target_check=_check_device)
         return cls(bundle, threads, free_encoders=free_encoders)
 
     @property

@@ -123,8 +123,8 @@ class DiTProgram(Named):
             return tuple(t[f"{part}.{i}"] for i in range(depth))
 
         text = TextFeatures(blocks("keys"), blocks("values"), t["text_mask"])
-        fixed = (t[name] for name in ("rays", "rays_inverse", "cos", "sin", "cam_cos", "cam_sin"))
-        camera = CameraFeatures(*fixed, plucker=blocks("plucker"))
+        fixed = {name: t[name] for name in ("rays", "rays_inverse", "cos", "sin", "cam_cos", "cam_sin")}
+        camera = CameraFeatures(**fixed, plucker=blocks("plucker"))
         past = [state for state in (_past(t, depth, "sink"), _past(t, depth, "past")) if state is not None]
         latents = t["latents"]
         timestep = torch.zeros(1, latents.shape[2]) if self.commit else t["timestep"]

@@ -64,7 +64,8 @@ class GraphOps:
 
         def definition(*t: Tensor) -> tuple[Tensor, ...]:
             past = (t[12], t[13], t[14]) if len(t) > 12 else None
-            return naive.main_gdn(*t[:3], Gates(*t[3:7]), *t[7:12], chunks=chunks, key_scale=key_scale, state=past)
+            arguments: list[Any] = [*t[:3], Gates(*t[3:7]), *t[7:12]]
+            return naive.main_gdn(*arguments, chunks=chunks, key_scale=key_scale, state=past)
 
         tensors = (q, k, v, *_flat(gates), conv, q_norm, k_norm, cos, sin, *(state or ()))
         return self._emit("MainGDN", definition, tensors, {"frames": _one(chunks), "key_scale": key_scale})
@@ -83,7 +84,8 @@ class GraphOps:
             if len(t) > 14:
                 past = (t[14], t[15] if carry else None)
             options: dict[str, Any] = {"chunks": chunks, "key_scale": key_scale, "clamp": clamp, "carry": carry}
-            return naive.camera_gdn(*t[:3], Gates(*t[3:7]), *t[7:14], state=past, **options)
+            arguments: list[Any] = [*t[:3], Gates(*t[3:7]), *t[7:14]]
+            return naive.camera_gdn(*arguments, state=past, **options)
 
         tensors = (q, k, v, *_flat(gates), conv, q_norm, k_norm, rays, rays_inverse, cos, sin, *past_tensors)
         attributes = {"frames": _one(chunks), "key_scale": key_scale, "clamp": int(clamp), "carry": int(carry)}

@@ -105,7 +105,7 @@ class OnnxRunner:
             for timestep, size in zip(config.timesteps, step_sizes(config)):
                 step = {"latents": x, "timestep": timestep_row(timestep, chunk)}
                 velocities.append(graphs.run(f"denoise_{chunk.kind}", feeds | step)["velocity"])
-                x = euler_step(x, velocities[-1], np.float32(size), chunk)
+                x = euler_step(x, velocities[-1], size, chunk)
             after = graphs.run(f"commit_{chunk.kind}", feeds | {"latents": x})
             past = {n.replace("next.", "past.", 1): a for n, a in after.items()}
             if chunk.index == 0:

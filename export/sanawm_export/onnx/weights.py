@@ -31,7 +31,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     def fill(entry: Entry) -> Iterator[Piece]:
         flat = tensors[entry.key].detach().contiguous().flatten().view(torch.uint8)
         for start in range(0, flat.numel(), _PIECE):
-            yield memoryview(flat[start : start + _PIECE].numpy())
+            yield memoryview(flat[start : start + _PIECE].numpy())  # type: ignore[arg-type]
 
     write_safetensors(path, entries, fill)
 
@@ -60,6 +60,5 @@ def link_weights(model: ir.Model, path: Path, prefixes: tuple[str, ...]) -> None
         begin, end = info["data_offsets"]
         if list(tensor.shape.numpy()) != info["shape"] or _IR_DTYPES[info["dtype"]] != tensor.dtype:
             raise ValueError(f"{path.name}: {stored} is {info['dtype']}{info['shape']} there and {tensor.dtype}{tensor.shape} in the graph")
-        value.const_value = ir.ExternalTensor(
-            path.name, start + begin, end - begin, tensor.dtype, shape=tensor.shape, name=stored, base_dir=path.parent
-        )
+        place = (path.name, start + begin, end - begin, tensor.dtype)
+        value.const_value = ir.ExternalTensor(*place, shape=ir.Shape(info["shape"]), name=stored, base_dir=path.parent)

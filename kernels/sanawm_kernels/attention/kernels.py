@@ -66,28 +66,13 @@ def _update(
 @triton.jit
 def _pointers(k, k_row, v, v_row, start, BN: tl.constexpr, P: tl.constexpr, TRANSPOSED: tl.constexpr):
     """Addresses of a block of keys (P, BN) and values, (BN, P) or (P, BN)."""
-    key, channel = (start + tl.arange(0, BN)).to(tl.int64), tl.arange(0, P)
-    k_at = k + channel[:, None] + key[None, :] * k_row
+    # One 64-bit address a block and 32-bit offsets inside it, which do not change from block to block.
+    key, channel = tl.arange(0, BN), tl.arange(0, P)
+    k_at = k + tl.cast(start, tl.int64) * k_row + (channel[:, None] + key[None, :] * k_row)
     if TRANSPOSED:
-        return k_at, v + channel[:, None].to(tl.int64) * v_row + key[None, :]
+        return k_at, v + start + (channel[:, None] * v_row + key[None, :])
     else:
-        return k_at, v + key[:, None] * v_row + channel[None, :]
-
-
-@triton.jit
-def _segment(
-    q, k, k_row, v, v_row, n, m, denominator, acc, scale,
-    BN: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """All keys of a segment: whole blocks in a pipelined loop without masks over keys, then what rests."""
-    whole = n // BN * BN
-    for start in range(0, whole, BN):
-        k_at, v_at = _pointers(k, k_row, v, v_row, start, BN, P, FP8)
-        m, denominator, acc = _update(q, k_at, v_at, BN, m, denominator, acc, scale, BN, P, D, False, FP8, FP8, PRECISION, P == D)
-    if n > whole:
-        k_at, v_at = _pointers(k, k_row, v, v_row, whole, BN, P, FP8)
-        m, denominator, acc = _update(q, k_at, v_at, n - whole, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
-    return m, denominator, acc
+        return k_at, v + tl.cast(start, tl.int64) * v_row + (key[:, None] * v_row + channel[None, :])
 
 
 @triton.jit

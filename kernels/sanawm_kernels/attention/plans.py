@@ -7,7 +7,7 @@ with a measured one, its date and its reason.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from sanawm_kernels.aot.spec import KernelVariant
 from sanawm_kernels.tokenwise.block_plans import power_of_two
@@ -27,15 +27,17 @@ class Tile:
 
 
 def window_tile(target: int, fp8: bool, itemsize: int = 2) -> Tile:
-    """Unmeasured defaults: the largest tiles that leave no spills and fit the shared memory of the architecture (99 KB on 86, 89 and 120)."""
+    """Unmeasured defaults: of the usual tiles, one without spills in the loop that fits the architecture's shared memory."""
     if itemsize == 4 or target == 0:
         return Tile(32, 32, 4, 1)
-    if target in (90, 100, 103):
-        return Tile(128, 128, 8, 2 if not fp8 else 3)
-    return Tile(128, 64, 8, 2)
+    if target == 90:
+        return Tile(128, 128, 8, 3 if fp8 else 2)
+    if target in (100, 103):
+        return Tile(128, 64, 8, 3)
+    return Tile(128, 64, 8, 2) if fp8 else Tile(128, 32, 8, 2)
 
 
-@lru_cache(maxsize=None)
+@cache
 def window_attention(
     kind: str,
     heads: int,
@@ -64,8 +66,8 @@ def window_attention(
         entries |= {f"k{i}": pointer(kind if here else None), f"k{i}_row": row if here else None, f"k{i}_batch": "i64:16" if here else None}
         entries |= {f"v{i}": pointer(kind if here else None), f"v{i}_row": ("i32:16" if fp8 else row) if here else None}
         entries |= {f"v{i}_batch": "i64:16" if here else None, f"n{i}": "i32" if here else None}
-    entries |= {name: "*fp32" if fp8 else None for name in ("q_scale", "k_scale", "v_scale")}
-    entries |= {name: "*fp32:16" if ucpe else None for name in ("rays", "cos", "sin")}
+    entries |= dict.fromkeys(("q_scale", "k_scale", "v_scale"), "*fp32" if fp8 else None)
+    entries |= dict.fromkeys(("rays", "cos", "sin"), "*fp32:16" if ucpe else None)
     entries |= {"out": pointer(out if keep else None)} | quant_entries(quant) | {"N": "i32", "softmax_scale": "fp32"}
     signature, absent = arguments(entries)
     constants = {
@@ -87,7 +89,7 @@ def window_attention(
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def cross_attention(
     kind: str,
     weight: str,

@@ -15,7 +15,7 @@ from torch import Tensor
 from sanawm_kernels.gdn import checks
 from sanawm_kernels.gdn.arguments import BlockOutput, CameraBranch, GDNState, MainBranch
 from sanawm_kernels.gdn.naive import Gates
-from sanawm_kernels.gdn.plans import Problem, plan, row
+from sanawm_kernels.gdn.plans import plan, row
 from sanawm_kernels.gdn.workspace import scratch
 from sanawm_kernels.tokenwise.launch import launch, target
 

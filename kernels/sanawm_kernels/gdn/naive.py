@@ -197,6 +197,7 @@ def camera_gdn(
     beta = (gates.beta().reshape(B, T, N // T, H) / inflation).reshape(B, N, H)
     decay = gates.decay().permute(0, 2, 1)[..., None, None]
 
-    numerator, S_out = _scan(*(_frames(x.flatten(-2), T, H) for x in (qt, kt, vt)), _frames(beta, T, H), decay, chunks, S_in)
+    qf, kf, vf = (_frames(x.flatten(-2), T, H) for x in (qt, kt, vt))
+    numerator, S_out = _scan(qf, kf, vf, _frames(beta, T, H), decay, chunks, S_in)
     out = ucpe(_tokens(numerator).unflatten(-1, (H, -1)), rays, cos, -sin).flatten(-2)
     return out.to(q.dtype), S_out, tail

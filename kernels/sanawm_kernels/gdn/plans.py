@@ -6,7 +6,7 @@ Used by the host wrapper and by the ahead-of-time build alike; needs neither tor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from sanawm_kernels.aot.spec import KernelVariant
@@ -105,7 +105,7 @@ def _form(p: Problem) -> str:
     return ("commit" if p.commit else "read") + ("" if p.has_state else "_first")
 
 
-@lru_cache(maxsize=None)
+@cache
 def prepare(p: Problem, target: int) -> KernelVariant:
     """Convolution, normalisation and tails: `sanawm_kernels.gdn.prepare`."""
     first = 1 << (p.channels.bit_length() - 1)
@@ -127,7 +127,7 @@ def prepare(p: Problem, target: int) -> KernelVariant:
     return _variant(p, "prepare", row(p, "prepare", target), (_form(p),), entries, constants, ("S", "B", "MAIN + CAMERA"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def summarize(p: Problem, target: int) -> KernelVariant:
     """Each frame's effect on the state: `sanawm_kernels.gdn.summarize`."""
     tuned = row(p, "summarize", target)
@@ -152,7 +152,7 @@ def summarize(p: Problem, target: int) -> KernelVariant:
     return _variant(p, "summarize", tuned, facts, entries, constants, ("B * H", "T * SPLITS", "(MAIN + CAMERA) * (2 - FUSED) + MAIN"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def combine(p: Problem, target: int) -> KernelVariant:
     """Frames' effects into states: `sanawm_kernels.gdn.combine`."""
     tuned = row(p, "combine", target)
@@ -173,7 +173,7 @@ def combine(p: Problem, target: int) -> KernelVariant:
     return _variant(p, "combine", tuned, (p.precision, _form(p)), entries, constants, ("BLOCKS * (MAIN + CAMERA) + MAIN", "B * H", "1"))
 
 
-@lru_cache(maxsize=None)
+@cache
 def apply(p: Problem, target: int) -> KernelVariant:
     """States applied to queries: `sanawm_kernels.gdn.apply`."""
     tuned = row(p, "apply", target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from sanawm_kernels.aot.spec import KernelVariant
 from sanawm_kernels.tokenwise.plans import FP8_TARGETS, QUANT_CODES, arguments, pointer, quant_entries, quant_name, stride, targets_of
@@ -15,7 +15,7 @@ def power_of_two(n: int, least: int = 1) -> int:
     return max(least, 1 << (n - 1).bit_length())
 
 
-@lru_cache(maxsize=None)
+@cache
 def depthwise_glu(
     kind: str, weight: str, height: int, width: int, gated: int, *, keep: bool = True, quant: str | None = None, swizzled: bool = False, native: bool = False
 ) -> KernelVariant:
@@ -39,7 +39,7 @@ def depthwise_glu(
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def gate_tiles(kind: str, weight: str, channels: int, heads: int, tokens: int, beta: bool) -> KernelVariant:
     """Products of a tile of tokens with the gates' weights, whose dtype is `weight`."""
     entries = {
@@ -62,7 +62,7 @@ def gate_tiles(kind: str, weight: str, channels: int, heads: int, tokens: int, b
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def gate_means(weight: str, heads: int, tokens: int) -> KernelVariant:
     """Sum of the tiles' shares of a frame's decay logits."""
     tiles = -(-tokens // 16)
@@ -82,7 +82,7 @@ def _head_constants(heads: int, width: int, tokens: int) -> dict[str, int]:
     return {"TOKENS": tokens, "HEADS": heads, "D": width, "P": power_of_two(width, 16), "R": 8}
 
 
-@lru_cache(maxsize=None)
+@cache
 def rope_heads(kind: str, weight: str, heads: int, width: int, tokens: int, eps: float, fp8: bool = False) -> KernelVariant:
     """Norm and RoPE of queries and keys; `tokens` of a batch share the tables."""
     out = "*fp8e4nv:16" if fp8 else pointer(kind)
@@ -105,7 +105,7 @@ def rope_heads(kind: str, weight: str, heads: int, width: int, tokens: int, eps:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def ucpe_heads(
     kind: str, weight: str, heads: int, width: int, tokens: int, rays: int, eps: float, clamp: bool, fp8: bool = False
 ) -> KernelVariant:
@@ -130,7 +130,7 @@ def ucpe_heads(
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def inverse_ucpe(kind: str, heads: int, width: int, tokens: int, rays: int) -> KernelVariant:
     """UCPE of the camera attention's output."""
     return KernelVariant(
@@ -146,7 +146,7 @@ def inverse_ucpe(kind: str, heads: int, width: int, tokens: int, rays: int) -> K
     )  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def transpose_values(kind: str, heads: int, width: int) -> KernelVariant:
     """Values to e4m3, keys adjacent."""
     return KernelVariant(

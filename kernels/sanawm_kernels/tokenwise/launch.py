@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ TYPE_NAMES = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(path: str) -> Any:
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
@@ -48,7 +48,7 @@ def launch(variant: KernelVariant, arguments: Mapping[str, Any], **grid_sizes: i
         kernel[grid](**arguments, **variant.constexprs, num_warps=variant.num_warps, num_stages=variant.num_stages, **variant.options)
 
 
-@lru_cache(maxsize=None)
+@cache
 def target(device: torch.device) -> int:
     """Compute capability (major * 10 + minor) of a device; 0 for the CPU, where only the interpreter runs."""
     if device.type != "cuda":

@@ -5,7 +5,7 @@ Nothing here needs torch or triton. Types are Triton's names ("bf16", "fp32"); a
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from sanawm_kernels.aot.spec import TARGETS, KernelVariant
 
@@ -64,7 +64,7 @@ def _row_warps(channels: int) -> int:
     return 4 if channels >= 1024 else 1
 
 
-@lru_cache(maxsize=None)
+@cache
 def update_rows(
     kind: str,
     channels: int,
@@ -108,7 +108,7 @@ def update_rows(
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def gate_rows(
     kind: str, channels: int, *, camera: bool = True, keep: bool = True, quant: str | None = None, swizzled: bool = False, native: bool = False
 ) -> KernelVariant:
@@ -132,7 +132,7 @@ def gate_rows(
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def norm_rows(kind: str, weight: str, channels: int, eps: float) -> KernelVariant:
     """Root-mean-square norm of rows; `weight` is the dtype of the weight."""
     c0, c1 = cover(channels)

@@ -51,7 +51,7 @@ class _CpuBuffer(Buffer):
         super().__init__(spec)
         if spec.dtype not in _STORAGE:
             raise EngineError(f"ONNX Runtime's CPU provider cannot hold {spec.name} in {spec.dtype}; build the bundle with --precision fp32 or bf16")
-        self.array = np.empty(spec.shape, _STORAGE[spec.dtype])
+        self.array: NDArray[Any] = np.empty(spec.shape, _STORAGE[spec.dtype])
         value = library.OrtValue
         if spec.dtype == "bfloat16":
             self.value = value.ortvalue_from_numpy_with_onnx_type(self.array, _ONNX_BFLOAT16)

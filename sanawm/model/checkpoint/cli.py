@@ -73,7 +73,7 @@ def inspect(
         raise UserError("expected either SOURCE or --preset; give one of them")
     if preset is not None:
         wanted = expected(preset)
-        print_json(wanted) if as_json else stdout.print(render_expected(wanted))
+        print_json(wanted) if as_json else stdout.print(render_expected(preset, wanted))
         return
     assert source is not None
     report = inspect_checkpoint(source, revision=revision, offline=offline, text_encoder=text_encoder, vae=vae)

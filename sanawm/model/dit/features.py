@@ -95,10 +95,9 @@ def rope_tables(config: DiTConfig, time_cos: Tensor, time_sin: Tensor) -> tuple[
         )
         return torch.cat(parts, -1).flatten(0, 2)
 
-    to = {"dtype": time_cos.dtype, "device": time_cos.device}
     row_table, column_table = rope_grid(config)
-    row_cos, row_sin = (torch.from_numpy(t).to(**to) for t in row_table)
-    column_cos, column_sin = (torch.from_numpy(t).to(**to) for t in column_table)
+    row_cos, row_sin = (torch.from_numpy(t).to(time_cos) for t in row_table)
+    column_cos, column_sin = (torch.from_numpy(t).to(time_cos) for t in column_table)
     return (
         spread(time_cos, row_cos, column_cos, pairs),
         spread(time_sin, row_sin, column_sin, pairs),

@@ -61,8 +61,7 @@ class TimestepEmbedder(nn.Module):
         """timestep (...,) float, truncated to an integer as in training -> (..., hidden)."""
         frequency = torch.from_numpy(self.frequency).to(timestep.device)
         angle = torch.trunc(timestep.float())[..., None] * frequency
-        weight = self.mlp[0].weight
-        return self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(weight.dtype))
+        return self.mlp(torch.cat((angle.cos(), angle.sin()), -1).to(next(self.mlp.parameters()).dtype))
 
 
 class CaptionEmbedder(nn.Module):

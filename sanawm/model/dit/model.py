@@ -77,7 +77,7 @@ class SanaWM(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
         self.y_embedder = CaptionEmbedder(config.caption_channels, C)
         self.attention_y_norm = NormWeight(C)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.blocks: Sequence[Block] = nn.ModuleList(Block(config, i) for i in range(config.depth))  # type: ignore[assignment]
         self.final_layer = FinalLayer(C, config.in_channels)
 
     @property
