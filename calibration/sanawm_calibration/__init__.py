@@ -1,0 +1,1 @@
+"""Calibration sets, activation statistics, precision recipes and quality reports."""

@@ -1,0 +1,144 @@
+"""Triton implementations of the attentions, with the signatures of `naive`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sanawm_kernels.attention import plans
+from sanawm_kernels.attention.naive import Fp8Scales, InverseUCPE, Segment
+from sanawm_kernels.quant.request import Output, Quantize, empty_quantized
+from sanawm_kernels.tokenwise.launch import launch, native_fp4, target, type_name, vector
+from sanawm_kernels.tokenwise.row_ops import quantized_arguments
+
+
+def _heads(x: Tensor, shape: tuple[int | None, ...], what: str) -> Tensor:
+    """x (B, n, H, D) with adjacent heads and channels, checked; None matches any size."""
+    if x.dim() != 4 or any(want is not None and have != want for have, want in zip(x.shape, shape)):
+        raise ValueError(f"{what}: expected shape {tuple('any' if s is None else s for s in shape)}, found {tuple(x.shape)}")
+    if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
+        raise ValueError(f"{what}: expected adjacent heads and channels, found shape {tuple(x.shape)} with strides {x.stride()}")
+    return x
+
+
+def _transposed(x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{what}: expected transposed FP8 values of shape {shape}, found {tuple(x.shape)}")
+    if x.stride(3) != 1 or x.stride(1) != x.shape[2] * x.stride(2) or x.stride(2) % 16:
+        raise ValueError(f"{what}: expected adjacent keys in rows a multiple of 16 apart, found strides {x.stride()}; use fp8_values_transposed")
+    return x
+
+
+def window_attention(
+    q_BNHD: Tensor,
+    segments: Sequence[Segment],
+    scale: float,
+    *,
+    fp8: Fp8Scales | None = None,
+    ucpe: InverseUCPE | None = None,
+    dtype: torch.dtype | None = None,
+    quantize: Quantize | None = None,
+    tile: plans.Tile | None = None,
+) -> Output:
+    """See `naive.window_attention`; `tile` overrides the table's choice (for tuning)."""
+    what = "window_attention"
+    B, N, H, D = _heads(q_BNHD, (None,) * 4, f"{what} q").shape
+    kind = type_name(q_BNHD, f"{what} q", ("fp8e4nv",) if fp8 else ("bf16", "fp16", "fp32"))
+    if not 1 <= len(segments) <= 3:
+        raise ValueError(f"{what}: expected one to three segments, found {len(segments)}")
+    if D % 8 or D > 128 or (fp8 is not None and D % 16):
+        raise ValueError(f"{what}: expected a head width up to 128 and a multiple of {16 if fp8 else 8}, found {D}")
+    if fp8 is not None and dtype is None:
+        raise ValueError(f"{what}: expected dtype, the output's, with FP8 operands")
+    dtype = dtype or q_BNHD.dtype
+    arguments: dict[str, Any] = {"q": q_BNHD, "q_row": q_BNHD.stride(1), "q_batch": q_BNHD.stride(0), "N": N, "softmax_scale": float(scale)}
+    for i, segment in enumerate(segments):
+        name = f"{what} segment {i}"
+        k = _heads(segment.keys, (B, None, H, D), f"{name} keys")
+        n = k.shape[1]
+        v = _transposed(segment.values, (B, H, D, n), name) if fp8 else _heads(segment.values, (B, n, H, D), f"{name} values")
+        if n == 0 or k.dtype != q_BNHD.dtype or v.dtype != q_BNHD.dtype:
+            raise ValueError(f"{name}: expected at least one key and q's dtype {q_BNHD.dtype}, found {n} keys, {k.dtype} and {v.dtype}")
+        arguments |= {f"k{i}": k, f"k{i}_row": k.stride(1), f"k{i}_batch": k.stride(0), f"n{i}": n}
+        arguments |= {f"v{i}": v, f"v{i}_row": v.stride(2 if fp8 else 1), f"v{i}_batch": v.stride(0)}
+    if fp8 is not None:
+        arguments |= {"q_scale": fp8.query, "k_scale": fp8.key, "v_scale": fp8.value}
+    rays_batched = 0
+    if ucpe is not None:
+        rays_batched = _check_ucpe(ucpe, B, N, D, what)
+        arguments |= {"rays": ucpe.rays, "cos": ucpe.cos, "sin": ucpe.sin}
+    request = _request(quantize, D, what)
+    out = torch.empty(B, N, H * D, dtype=dtype, device=q_BNHD.device) if request["keep"] else None
+    quantized = empty_quantized((B, N, H * D), quantize, q_BNHD.device)
+    chosen = tile or plans.window_tile(target(q_BNHD.device), fp8 is not None, q_BNHD.element_size())
+    variant = plans.window_attention(
+        kind, H, D, len(segments), chosen, out=type_name(torch.empty(0, dtype=dtype), what), ucpe=ucpe is not None, rays_batched=rays_batched,
+        native=native_fp4(q_BNHD.device), **request,
+    )  # fmt: skip
+    arguments |= ({} if out is None else {"out": out}) | quantized_arguments(quantized, quantize, q_BNHD.device)
+    launch(variant, arguments, BATCH=B)
+    return Output(out, quantized)
+
+
+def _check_ucpe(ucpe: InverseUCPE, B: int, N: int, D: int, what: str) -> int:
+    """Tokens a batch where each has its own matrices, else 0."""
+    if tuple(ucpe.rays.shape) not in ((B, N, 4, 4), (1, N, 4, 4)) or ucpe.rays.dtype != torch.float32 or not ucpe.rays.is_contiguous():
+        raise ValueError(f"{what}: expected contiguous float32 ray matrices ({B} or 1, {N}, 4, 4), found {tuple(ucpe.rays.shape)} {ucpe.rays.dtype}")
+    for table in (ucpe.cos, ucpe.sin):
+        if tuple(table.shape) != (N, D // 4) or table.dtype != torch.float32 or not table.is_contiguous():
+            raise ValueError(f"{what}: expected contiguous float32 angle tables ({N}, {D // 4}), found {tuple(table.shape)} {table.dtype}")
+    return N if ucpe.rays.shape[0] == B and B > 1 else 0
+
+
+def _request(quantize: Quantize | None, D: int, what: str) -> dict[str, Any]:
+    if quantize is None:
+        return {"keep": True}
+    if quantize.kind == "fp8_rows" or (quantize.kind == "nvfp4" and D % 16):
+        raise ValueError(f"{what}: expected fp8, or nvfp4 with heads of a multiple of 16 channels, found {quantize.kind} with {D}")
+    return {"quant": quantize.kind, "swizzled": quantize.layout == "swizzled", "keep": quantize.keep}
+
+
+def cross_attention(
+    q_BNC: Tensor,
+    k_BLHD: Tensor,
+    v_BLHD: Tensor,
+    mask_BL: Tensor,
+    q_norm_C: Tensor,
+    eps: float,
+    *,
+    squares: Tensor | None = None,
+    quantize: Quantize | None = None,
+) -> Output:
+    """See `naive.cross_attention`; `squares` spares the kernel its own pass over the rows."""
+    what = "cross_attention"
+    B, L, H, D = _heads(k_BLHD, (None,) * 4, f"{what} keys").shape
+    _heads(v_BLHD, (B, L, H, D), f"{what} values")
+    if q_BNC.dim() != 3 or q_BNC.shape[0] != B or q_BNC.shape[2] != H * D or q_BNC.stride(2) != 1:
+        raise ValueError(f"{what}: expected queries ({B}, N, {H * D}) with adjacent channels, found {tuple(q_BNC.shape)} with strides {q_BNC.stride()}")
+    if D % 8 or D > 128:
+        raise ValueError(f"{what}: expected a head width up to 128 and a multiple of 8, found {D}")
+    if tuple(mask_BL.shape) != (B, L) or mask_BL.dtype != torch.bool or not mask_BL.is_contiguous():
+        raise ValueError(f"{what}: expected a contiguous bool mask ({B}, {L}), found {tuple(mask_BL.shape)} {mask_BL.dtype}")
+    if k_BLHD.dtype != q_BNC.dtype or v_BLHD.dtype != q_BNC.dtype:
+        raise ValueError(f"{what}: expected one dtype, found {q_BNC.dtype}, {k_BLHD.dtype} and {v_BLHD.dtype}")
+    N = q_BNC.shape[1]
+    if squares is not None and (squares.shape[:2] != (B, N) or squares.dtype != torch.float32 or not squares.is_contiguous()):
+        raise ValueError(f"{what}: expected contiguous float32 partial squares ({B}, {N}, parts), found {tuple(squares.shape)} {squares.dtype}")
+    request = _request(quantize, D, what)
+    variant = plans.cross_attention(
+        type_name(q_BNC, what), type_name(q_norm_C, f"{what} q_norm"), H, D, eps, parts=0 if squares is None else squares.shape[2],
+        native=native_fp4(q_BNC.device), small=q_BNC.element_size() == 4, **request,
+    )  # fmt: skip
+    out = torch.empty(B, N, H * D, dtype=q_BNC.dtype, device=q_BNC.device) if request["keep"] else None
+    quantized = empty_quantized((B, N, H * D), quantize, q_BNC.device)
+    arguments: dict[str, Any] = {
+        "q": q_BNC, "q_row": q_BNC.stride(1), "q_batch": q_BNC.stride(0), "k": k_BLHD, "v": v_BLHD, "k_row": k_BLHD.stride(1), "k_batch": k_BLHD.stride(0),
+        "v_row": v_BLHD.stride(1), "v_batch": v_BLHD.stride(0), "mask": mask_BL.view(torch.uint8), "q_norm": vector(q_norm_C, H * D, f"{what} q_norm"),
+        "N": N, "L": L, "softmax_scale": D**-0.5,
+    }  # fmt: skip
+    arguments |= ({} if squares is None else {"squares": squares}) | ({} if out is None else {"out": out})
+    launch(variant, arguments | quantized_arguments(quantized, quantize, q_BNC.device), BATCH=B)
+    return Output(out, quantized)
