@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A machine without a GPU must not download CUDA: this release has a CPU build, found in torch's own index where the default one has none.
+# A machine without a GPU should not download CUDA. Where this release is served with CUDA only, set TORCH to the path or address of a CPU wheel.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test lint install clean
