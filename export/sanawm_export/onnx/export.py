@@ -11,6 +11,7 @@ import onnx_ir as ir
 from torch import nn
 
 from sanawm.model.dit import SanaWM
+from sanawm.model.linearize import linearize
 from sanawm.model.vae import VideoVAE
 from sanawm.programs import Geometry, Program, programs
 from sanawm_export.onnx.cpu import widen_bfloat16
@@ -23,7 +24,6 @@ from sanawm_export.onnx.modules import (
     PromptKVProgram,
     TextEncoderProgram,
 )
-from sanawm_export.onnx.prepare import linearize
 from sanawm_export.onnx.trace import trace
 from sanawm_export.onnx.weights import link_weights, module_tensors, write_weights
 
