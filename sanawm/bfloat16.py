@@ -10,7 +10,8 @@ def to_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """Round float32 to bfloat16, nearest even; NaN stays NaN. Same shape, uint16."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+    # ascontiguousarray makes an array of one out of a scalar.
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).reshape(np.shape(values))
 
 
 def from_bits(bits: NDArray[np.uint16]) -> NDArray[np.float32]:

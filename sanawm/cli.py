@@ -17,9 +17,14 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "checkpoint": ("sanawm.model.checkpoint.cli", "checkpoint", "Synthesize or inspect checkpoints.", "export"),
     "export": ("sanawm_export.cli", "export", "Write a checkpoint's programs as ONNX graphs.", "export"),
     "build-engine": ("sanawm_export.cli", "build_engine", "Build an engine bundle for a target.", "export"),
+    "kernels": ("sanawm_kernels.aot.cli", "kernels_group", "Compile the Triton kernels ahead of time for a target.", "export"),
+    "plan": ("sanawm_export.cuda.cli", "plan", "Print the CUDA engine's launch plan: kernels, shapes, bytes, floor times.", "export"),
+    "bench": ("sanawm_export.cuda.cli", "bench", "Time a bundle's programs on the GPU here.", "cuda,export"),
     "run": ("sanawm_runtime.cli", "run", "Stream a clip from a bundle.", "cpu"),
     "inspect": ("sanawm_runtime.cli", "inspect", "Show what a bundle is.", ""),
     "verify": ("sanawm_runtime.cli", "verify", "Check every file of a bundle against its manifest.", ""),
+    "serve": ("sanawm_runtime.serve.cli", "serve", "Steer worlds live on a page.", "cpu,serve"),
+    "sign": ("sanawm_runtime.sign_cli", "sign", "Sign bundles, and check who signed one.", "serve"),
     "parity": ("sanawm_export.cli", "parity", "Compare the model with recorded reference vectors.", "export"),
 }
 
@@ -53,10 +58,18 @@ def door() -> None:
     """SANA-WM from checkpoint to engine bundle to live video."""
 
 
-def main(arguments: list[str] | None = None) -> Any:
+def invoke(arguments: list[str] | None = None) -> None:
+    """Run a command line within this process; a command that ends with a code other than 0 raises click's Exit."""
+    # Without its standalone mode click returns an exit code instead of raising it.
+    code: Any = door.main(args=arguments, prog_name="sanawm", standalone_mode=False)
+    if isinstance(code, int) and code:
+        raise click.exceptions.Exit(code)
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Run a command line; exits 0, 1 (a check failed), 2 (a user's mistake) or 130 (interrupted)."""
     try:
-        return door.main(args=arguments, prog_name="sanawm", standalone_mode=False)
+        invoke(arguments)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -141,6 +141,18 @@ class StreamConfig:
     sink: bool = True
     fps: int = 16
 
+    def __post_init__(self) -> None:
+        if len(self.sigmas) != len(self.timesteps) + 1:
+            raise UserError(
+                f"the sampler needs one flow time more than timesteps, found {len(self.sigmas)} and {len(self.timesteps)}; correct the configuration"
+            )
+        # The chunk before is always read: its scan state and convolution tails go on, whatever the attention window.
+        if self.chunk_frames < 1 or 0 <= self.cached_chunks < 1 + self.sink:
+            raise UserError(
+                f"the sampler needs chunks of at least one frame and a window with the chunk before, found chunk_frames {self.chunk_frames}, "
+                f"cached_chunks {self.cached_chunks}, sink {self.sink}; correct the configuration"
+            )
+
 
 @dataclass(frozen=True)
 class WorldConfig:
@@ -154,9 +166,11 @@ class WorldConfig:
 
     def __post_init__(self) -> None:
         if self.dit.in_channels != self.vae.latent_channels:
-            raise UserError(f"the DiT takes {self.dit.in_channels} latent channels and the VAE makes {self.vae.latent_channels}; use a matching pair")
+            made = f"the VAE makes {self.vae.latent_channels}"
+            raise UserError(f"the DiT takes {self.dit.in_channels} latent channels and {made}; use a matching pair")
         if self.dit.caption_channels != self.text.hidden:
-            raise UserError(f"the DiT takes captions of width {self.dit.caption_channels} and the text encoder makes {self.text.hidden}; use a matching pair")
+            made = f"the text encoder makes {self.text.hidden}"
+            raise UserError(f"the DiT takes captions of width {self.dit.caption_channels} and {made}; use a matching pair")
 
     @property
     def image_height(self) -> int:
@@ -184,6 +198,8 @@ def _build(cls: Any, data: Any, where: str) -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(data) - known):
         raise UserError(f"{where}: unknown fields {', '.join(unknown)}; the file was written by another version")
+    if missing := sorted(known - set(data)):
+        raise UserError(f"{where}: fields {', '.join(missing)} are missing; the file was written by another version")
     values: dict[str, Any] = {}
     for name, value in data.items():
         if name in _NESTED and cls is WorldConfig:
@@ -200,9 +216,13 @@ def tiny_config() -> WorldConfig:
     """A world small enough for a laptop's CPU: 192x320 pixels, three GDN blocks and one softmax block, every mechanism of the full model."""
     return WorldConfig(
         name="tiny",
-        dit=DiTConfig(in_channels=16, hidden=128, depth=4, head_dim=32, cross_heads=4, caption_channels=64, text_tokens=512, height=6, width=10),
+        dit=DiTConfig(in_channels=24, hidden=128, depth=4, head_dim=32, cross_heads=4, caption_channels=64, text_tokens=512, height=6, width=10),
         vae=VAEConfig(
-            latent_channels=16, encoder_widths=(16, 32, 32, 64), encoder_layers=(1, 1, 1, 1, 1), decoder_widths=(16, 32, 64), decoder_layers=(1, 1, 1, 1)
+            latent_channels=24,
+            encoder_widths=(24, 48, 64, 64),
+            encoder_layers=(1, 1, 1, 1, 1),
+            decoder_widths=(24, 48, 96),
+            decoder_layers=(1, 1, 1, 1),
         ),
         text=TextConfig(vocab=512, hidden=64, intermediate=128, layers=2, heads=4, kv_heads=2, head_dim=16, query_pre_attn_scalar=16),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from sanawm.cli import door
+from sanawm.cli import invoke
 from sanawm.console import stderr, stdout
 
 ACTION = "w-48,dw-48,w-24,aw-48,iw-12,kw-12"
@@ -20,7 +20,7 @@ PROMPT = "A first-person walk across an open plain under a clear sky."
 
 def _call(*arguments: str) -> None:
     stderr.print(f"[bold]sanawm {' '.join(arguments)}[/bold]")
-    door.main(args=list(arguments), prog_name="sanawm", standalone_mode=False)
+    invoke(list(arguments))
 
 
 @click.command()

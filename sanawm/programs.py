@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sanawm.config import DiTConfig, WorldConfig
+from sanawm.errors import UserError
 from sanawm.vae_state import state_shapes
 
 CHUNK_KINDS = ("first", "second", "steady")
@@ -59,6 +60,14 @@ class Geometry:
     prompt_tokens: int
     first_frames: int = 4
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        stream = self.config.stream
+        if (stream.cached_chunks, stream.sink) != (2, True):
+            raise UserError(
+                "compiled programs attend to the first and the previous chunk, cached_chunks 2 with a sink, "
+                f"found cached_chunks {stream.cached_chunks}, sink {stream.sink}; use the torch sampler for another window"
+            )
 
     def frames(self, kind: str) -> int:
         return self.first_frames if kind == "first" else self.config.stream.chunk_frames

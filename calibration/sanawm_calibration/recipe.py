@@ -17,7 +17,6 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,7 +27,8 @@ from sanawm_calibration.roles import ROLE_NAMES, ROLES, Layer, model_layers
 Format = Literal["bf16", "fp8", "nvfp4"]
 Scales = Literal["rtn", "mse", "four-over-six"]
 BLOCK = 16
-DEFAULT_RECIPE = "nvfp4"
+_FOLDER = Path(__file__).parent / "recipes"
+DEFAULT_RECIPE = "nvfp4-guarded"
 # Bits a weight takes with its share of block scales.
 WEIGHT_BITS: dict[Format, float] = {"bf16": 16, "fp8": 8, "nvfp4": 4.5}
 
@@ -104,7 +104,7 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package."""
-    return sorted(file.name.removesuffix(".toml") for file in resources.files(__package__).joinpath("recipes").iterdir() if file.name.endswith(".toml"))
+    return sorted(file.stem for file in _FOLDER.glob("*.toml"))
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -129,7 +129,7 @@ def _read(name: str | Path) -> tuple[str, str]:
             raise RecipeError(f"{path}: cannot be read ({error}); check the path") from error
     if str(name) not in recipe_names():
         raise RecipeError(f"unknown recipe '{name}'; choose one of {', '.join(recipe_names())}, or give the path of a .toml file")
-    return resources.files(__package__).joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8"), f"recipe {name}"
+    return (_FOLDER / f"{name}.toml").read_text(encoding="utf-8"), f"recipe {name}"
 
 
 def _recipe(name: str, data: dict[str, Any]) -> Recipe:

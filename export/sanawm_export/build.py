@@ -155,5 +155,14 @@ class EngineBuilder:
     default_precision: str
 
 
+def _build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
+    from sanawm_export.cuda.build import build_cuda  # imports triton, which the other engines do not need
+
+    return build_cuda(request, out, overwrite=overwrite, progress=progress)
+
+
 # Engines this version can build, by the names of the target table.
-BUILDERS: dict[str, EngineBuilder] = {"onnxruntime": EngineBuilder(build_onnxruntime, "fp32")}
+BUILDERS: dict[str, EngineBuilder] = {
+    "onnxruntime": EngineBuilder(build_onnxruntime, "fp32"),
+    "cuda": EngineBuilder(_build_cuda, "bf16"),
+}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 from rich.table import Table
 
 from sanawm.console import json_option, print_json, progress, stderr, stdout
 from sanawm.errors import InputError
+from sanawm_runtime.signals import orderly_termination
 
 
 @click.command()
@@ -29,19 +30,23 @@ from sanawm.errors import InputError
 @click.option("--timing", type=click.Path(path_type=Path), help="Timing JSON; default: beside the first output.")
 @click.option("--pictures", is_flag=True, help="Also write a contact sheet, the camera path and a timeline as PNGs.")
 @click.option("--threads", type=int, help="CPU threads; default: all cores.")
+@click.option("--at-end", type=click.Choice(["stop", "continue"]), default="stop", show_default=True, help="After 8185 frames.")
+@click.option("--trusted-key", "trusted", multiple=True, type=click.Path(path_type=Path), help="Public key that must have signed BUNDLE.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps encoded prompts between runs.")
 @json_option
 def run(
     bundle: Path, image: str, prompt: str | None, prompt_file: Path | None, camera: str | None, action: str | None, intrinsics: str | None,
     fov: float | None, frames: int | None, seed: int, outputs: tuple[str, ...], codec: str, timing: Path | None, pictures: bool,
-    threads: int | None, as_json: bool,
+    threads: int | None, at_end: Literal["stop", "continue"], trusted: tuple[Path, ...], cache: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Stream a clip from BUNDLE, chunk by chunk; an mp4 can be watched while it grows."""
     from sanawm_runtime.clip import ClipRequest, generate_clip, write_json, write_pictures
     from sanawm_runtime.world import World
 
-    request = ClipRequest(image, _prompt(prompt, prompt_file), camera, action, intrinsics, fov, frames, seed, codec)
+    request = ClipRequest(image, _prompt(prompt, prompt_file), camera, action, intrinsics, fov, frames, seed, codec, at_end)
     begin = time.perf_counter()
-    with World.open(bundle, threads=threads) as world, progress() as bar:
+    opened_world = World.open(bundle, threads=threads, trusted_keys=trusted or None, cache=cache)
+    with orderly_termination(), opened_world as world, progress() as bar:
         task = bar.add_task("starting", total=None)
 
         def advance(done: int, total: int, chunk: Any) -> None:

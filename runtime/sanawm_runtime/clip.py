@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from sanawm.camera import actions_to_poses, fit_length, load_poses
 from sanawm.errors import CameraError, InputError
 from sanawm.schedule import pixel_frames
-from sanawm_runtime.stream import Chunk
+from sanawm_runtime.chunk import Chunk
+from sanawm_runtime.stream import AtEnd
 from sanawm_runtime.video import open_writer
 from sanawm_runtime.world import ImageSource, IntrinsicsSource, World
 
@@ -29,7 +30,7 @@ class ClipRequest:
     """What to generate.
 
     Exactly one of `camera` (a pose file) and `action` (an action string). `frames` must be a length the bundle can make; without it the
-    camera path is used as far as it reaches.
+    camera path is used as far as it reaches. `at_end` says what happens where the model's time axis ends, see `Stream`.
     """
 
     image: ImageSource
@@ -41,6 +42,7 @@ class ClipRequest:
     frames: int | None = None
     seed: int = 42
     codec: str = "auto"
+    at_end: AtEnd = "stop"
 
 
 @dataclass
@@ -96,12 +98,15 @@ def generate_clip(
     begin = time.perf_counter()
     path, source = camera_path(request)
     frames = clip_frames(world, len(path), request.frames)
+    most = pixel_frames(world.config.dit.rope_frames)
+    if request.at_end == "stop" and frames > most:
+        raise InputError(f"the model's time axis ends after {most} frames, and {frames} are asked for; ask for fewer, or use --at-end continue")
     path = fit_length(path, frames, "trim", source)
     height, width = world.image_size
     fps = world.config.stream.fps
     pixels, geometry = world.prepare_image(request.image)
     rows = world.input_intrinsics(request.intrinsics, geometry, frames, request.fov_degrees)
-    stream = world.start_prepared(pixels, request.prompt, rows, seed=request.seed)
+    stream = world.start_prepared(pixels, request.prompt, rows, seed=request.seed, at_end=request.at_end)
     report = ClipReport([os.fspath(o) for o in outputs], frames, fps, request.seed, opened_s, time.perf_counter() - begin, 0.0, 0.0)
     total = 1 + (frames - stream.poses_needed) // (world.config.stream.chunk_frames * world.config.vae.temporal_stride)
     writers: list[Any] = []

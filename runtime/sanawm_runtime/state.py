@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sanawm.programs import ATTENTION_FIELDS, Geometry, TensorSpec, past_specs, state_specs
+from sanawm.programs import ATTENTION_FIELDS, Geometry, TensorSpec, state_specs
 from sanawm_runtime.engines.base import Buffer, Engine
 
 
@@ -22,7 +22,6 @@ class StreamState:
         def make(specs: list[TensorSpec]) -> dict[str, Buffer]:
             return {spec.name: engine.allocate(spec) for spec in specs}
 
-        self._geometry = geometry
         self._first = make(state_specs(geometry, "first", "next"))
         self._steady = (make(state_specs(geometry, "steady", "next")), make(state_specs(geometry, "steady", "next")))
         self._turn = 0
@@ -45,8 +44,16 @@ class StreamState:
         if kind != "first":
             self._turn = 1 - self._turn
 
-    def names(self, kind: str) -> list[str]:
-        return [spec.name for spec in past_specs(self._geometry, kind)]
+    def restart(self) -> None:
+        """Before another chunk 0."""
+        self._turn = 0
+
+    def copy_to(self, other: StreamState, engine: Engine) -> None:
+        """Make `other` a copy that goes on by itself."""
+        for mine, theirs in zip((self._first, *self._steady), (other._first, *other._steady)):
+            for name, buffer in mine.items():
+                engine.copy(buffer, theirs[name])
+        other._turn = self._turn
 
 
 class DecoderState:
@@ -64,3 +71,10 @@ class DecoderState:
 
     def advance(self) -> None:
         self._turn = 1 - self._turn
+
+    def copy_to(self, other: DecoderState, engine: Engine) -> None:
+        """Make `other` a copy that goes on by itself."""
+        for mine, theirs in zip(self._sets, other._sets):
+            for name, buffer in mine.items():
+                engine.copy(buffer, theirs[name])
+        other._turn = self._turn

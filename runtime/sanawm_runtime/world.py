@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
@@ -11,18 +13,31 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sanawm.camera import adjust_for_resize_crop, default_intrinsics, load_image, load_intrinsics, resize_and_crop, to_model_range
+from sanawm.camera import (
+    DEFAULT_SCHEME,
+    ActionScheme,
+    adjust_for_resize_crop,
+    default_intrinsics,
+    load_image,
+    load_intrinsics,
+    resize_and_crop,
+    to_model_range,
+)
 from sanawm.camera.image import CropGeometry
 from sanawm.camera.intrinsics import normalise_intrinsics
-from sanawm.errors import BundleError
-from sanawm.programs import Geometry, Program, programs
+from sanawm.programs import ITEM_SIZES, Geometry, Program, programs
 from sanawm.prompt import PromptTokenizer
 from sanawm_runtime.bundle import Bundle, TargetEntry
+from sanawm_runtime.cache import Cache
 from sanawm_runtime.device import device_capability
 from sanawm_runtime.engines import open_engine
 from sanawm_runtime.engines.base import Buffer
-from sanawm_runtime.stream import Stream
+from sanawm_runtime.errors import BundleError, StreamClosed
+from sanawm_runtime.prompts import Prompts
+from sanawm_runtime.rollout import Progress
+from sanawm_runtime.stream import AtEnd, Stream
 from sanawm_runtime.targets import check_target
+from sanawm_runtime.turns import Turns
 
 ImageSource = str | os.PathLike[str] | bytes | NDArray[np.uint8] | Image.Image
 IntrinsicsSource = str | os.PathLike[str] | NDArray
@@ -35,22 +50,37 @@ def _check_device(target: TargetEntry) -> None:
 
 
 class World:
-    """A bundle made ready: its engine, its prompt tokenizer and its geometry. Several streams may run on one world, in turn.
+    """A bundle made ready: its engine, its prompt tokenizer and its geometry.
 
-    Use as a context manager or call `close`.
+    Any number of streams may run on one world, from any threads: each start and each chunk is one turn at the engine. Use as a context
+    manager or call `close`.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, *, free_encoders: bool = False) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, *, free_encoders: bool = False, cache: str | os.PathLike[str] | None = None
+    ) -> None:
         self.bundle = bundle
         self.config = bundle.manifest.config
+        self.turns = Turns()
         self._free_encoders = free_encoders
         self.engine = open_engine(bundle, threads)
+        try:
+            self._prepare(None if cache is None else Cache(cache), free_encoders)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, cache: Cache | None, free_encoders: bool) -> None:
+        bundle = self.bundle
         self._tokenizer = self._open_tokenizer()
-        entry = bundle.manifest.programs["denoise_first"]
-        latents = next(t for t in entry.inputs if t.name == "latents")
+        entry = bundle.manifest.programs.get("denoise_first")
+        latents = next((t for t in entry.inputs if t.name == "latents" and len(t.shape) == 5), None) if entry else None
+        if latents is None or not 1 <= latents.shape[2] <= self.config.dit.rope_frames or latents.dtype not in ITEM_SIZES:
+            raise BundleError(f"bundle {bundle.root}: program denoise_first is missing or has other inputs; rebuild it with this version")
         self.geometry = Geometry(self.config, self._tokenizer.max_length, latents.shape[2], latents.dtype)
         self.programs = programs(self.geometry)
         self._check_signatures()
+        self._prompts = Prompts(self, cache, free_encoders)
 
     @classmethod
     def open(
@@ -59,44 +89,89 @@ class World:
         *,
         threads: int | None = None,
         verify: Literal["sizes", "full"] = "sizes",
+        trusted_keys: Sequence[str | os.PathLike[str]] | None = None,
         free_encoders: bool = False,
+        cache: str | os.PathLike[str] | None = None,
     ) -> World:
         """Open the bundle at `path`, cheapest checks first; every file is hashed before it is used.
 
-        threads: CPU threads of the onnxruntime engine (default: all cores). verify: "full" hashes the whole bundle now. free_encoders: give
-        back the text and image encoders' memory after each start. Raises BundleError or EngineError.
+        threads: CPU threads of the onnxruntime engine (default: all cores). verify: "full" hashes the whole bundle now. trusted_keys: files
+        of Ed25519 public keys, one of which must have signed the bundle. free_encoders: give back the text and image encoders' memory after
+        each start. cache: a folder that keeps encoded prompts, so that a repeated one needs no text encoder. Raises BundleError, EngineError.
         """
-        bundle = Bundle.open(path, verify=verify, target_check=_check_device)
-        return cls(bundle, threads, free_encoders=free_encoders)
+        signed = None
+        if trusted_keys is not None:
+            from sanawm_runtime.sign import signature_check
+
+            signed = signature_check(trusted_keys)
+        bundle = Bundle.open(path, verify=verify, manifest_check=signed, target_check=_check_device)
+        return cls(bundle, threads, free_encoders=free_encoders, cache=cache)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the frames in pixels."""
         return self.config.image_height, self.config.image_width
 
-    def warm_up(self) -> None:
-        """Load every program now instead of when it is first needed."""
-        for name in self.programs:
-            self.engine.load(name)
+    @property
+    def closed(self) -> bool:
+        return self.turns.closed
+
+    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Load every program now instead of when it is first needed. `progress` gets a program's name, its number from 1, and how many."""
+        for number, name in enumerate(self.programs, start=1):
+            if progress:
+                progress(name, number, len(self.programs))
+            with self.turns.take():
+                self.engine.activate()
+                self.engine.load(name)
 
     def start(
-        self, image: ImageSource, prompt: str, *, intrinsics: IntrinsicsSource | None = None, fov_degrees: float | None = None, seed: int = 42
+        self,
+        image: ImageSource,
+        prompt: str,
+        *,
+        intrinsics: IntrinsicsSource | None = None,
+        fov_degrees: float | None = None,
+        seed: int = 42,
+        scheme: str | ActionScheme = DEFAULT_SCHEME,
+        at_end: AtEnd = "stop",
+        on_progress: Progress | None = None,
+        cancel: threading.Event | None = None,
     ) -> Stream:
         """Begin a stream: encode the first frame and the prompt.
 
         image: path, file bytes, PIL image, or (H, W, 3) uint8; resized and cropped to the model's frame. intrinsics: in pixels of that image:
         "fx,fy,cx,cy", a file, or an array (4,), (3, 3), (F, 4), (F, 3, 3), of which the first row holds for the stream; without them a pinhole
-        of `fov_degrees` horizontally (70 by default). seed: 0 to 2**64 - 1; the same seed gives the same bytes. Raises InputError, CameraError.
+        of `fov_degrees` horizontally (70 by default). seed: 0 to 2**64 - 1; the same seed gives the same bytes. scheme: what held keys mean.
+        at_end: what happens after 1024 latent frames, see `Stream`. on_progress: called after each program of a chunk with its stage, how
+        many are done and how many there are, in the thread that steps. cancel: once set (and `turns.wake()` called), a start that still
+        waits for the engine raises Cancelled. Raises InputError, CameraError, EngineError, StreamClosed.
         """
         pixels, geometry = self.prepare_image(image)
-        return self.start_prepared(pixels, prompt, self.input_intrinsics(intrinsics, geometry, 1, fov_degrees), seed=seed)
+        rows = self.input_intrinsics(intrinsics, geometry, 1, fov_degrees)
+        return self.start_prepared(pixels, prompt, rows, seed=seed, scheme=scheme, at_end=at_end, on_progress=on_progress, cancel=cancel)
 
-    def start_prepared(self, pixels: NDArray[np.uint8], prompt: str, intrinsics: NDArray[np.float64], *, seed: int = 42) -> Stream:
+    def start_prepared(
+        self,
+        pixels: NDArray[np.uint8],
+        prompt: str,
+        intrinsics: NDArray[np.float64],
+        *,
+        seed: int = 42,
+        scheme: str | ActionScheme = DEFAULT_SCHEME,
+        at_end: AtEnd = "stop",
+        on_progress: Progress | None = None,
+        cancel: threading.Event | None = None,
+    ) -> Stream:
         """`start` on a frame of the model's size and intrinsics (F, 4) in its pixels, one row a pixel frame; the last one holds on."""
         ids, mask = self._tokenizer.encode(prompt)
-        text = self._encode_text(ids, mask)
-        latent = self._encode_image(to_model_range(pixels))
-        return Stream(self, text, latent, pixels, intrinsics, seed)
+        if self.closed:
+            raise StreamClosed("the world is closed; open it again")
+        with self.turns.take(*(() if cancel is None else (cancel.is_set,))):
+            self.engine.activate()
+            text = self._prompts.buffers(ids, mask)
+            latent = self.encode_image(to_model_range(pixels))
+            return Stream(self, text, latent, pixels, intrinsics, seed, scheme=scheme, at_end=at_end, on_progress=on_progress)
 
     def input_intrinsics(
         self, intrinsics: IntrinsicsSource | None, geometry: CropGeometry, frames: int, fov_degrees: float | None = None
@@ -117,8 +192,8 @@ class World:
         source = image if isinstance(image, (np.ndarray, Image.Image)) else load_image(image)
         return resize_and_crop(source, *self.image_size)
 
-    def _run(self, name: str, **inputs: NDArray) -> dict[str, Buffer]:
-        """Run a program on host arrays; its outputs in fresh buffers."""
+    def run_program(self, name: str, **inputs: NDArray) -> dict[str, Buffer]:
+        """Run a program on host arrays; its outputs in fresh buffers. The caller holds the engine's turn."""
         program = self.programs[name]
         buffers = {spec.name: self.engine.allocate(spec) for spec in (*program.inputs, *program.outputs)}
         for key, values in inputs.items():
@@ -126,17 +201,9 @@ class World:
         self.engine.run(name, buffers)
         return {spec.name: buffers[spec.name] for spec in program.outputs}
 
-    def _encode_text(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> dict[str, Buffer]:
-        encoded = self._run("text_encoder", input_ids=ids, attention_mask=mask)
-        program = self.programs["prompt_kv"]
-        outputs = {spec.name: self.engine.allocate(spec) for spec in program.outputs}
-        self.engine.run("prompt_kv", {"text": encoded["text"], **outputs})
-        if self._free_encoders:
-            self.engine.unload("text_encoder")
-        return {"text_mask": encoded["text_mask"], **outputs}
-
-    def _encode_image(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
-        latent = self.engine.read(self._run("image_encoder", image=image)["latents"])
+    def encode_image(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Latent (1, C, 1, h, w) of a frame (1, 3, 1, H, W) in [-1, 1]. The caller holds the engine's turn."""
+        latent = self.engine.read(self.run_program("image_encoder", image=image)["latents"])
         if self._free_encoders:
             self.engine.unload("image_encoder")
         return latent
@@ -162,8 +229,10 @@ class World:
                 raise BundleError(f"bundle {self.bundle.root}: program {name} is missing or has another signature; rebuild it with this version")
 
     def close(self) -> None:
-        """Give back the engine's memory; streams of this world stop working."""
-        self.engine.close()
+        """Wait for the step in progress, then give back the engine's memory; further calls on streams of this world raise StreamClosed."""
+        if self.turns.close():
+            self.engine.activate()
+            self.engine.close()
 
     def __enter__(self) -> Self:
         return self

@@ -37,11 +37,11 @@ class CropGeometry:
     offset: tuple[int, int]
 
 
-def load_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
+def load_image(source: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Read a picture from a path or from the bytes of a file.
 
     Returns a decoded RGB Pillow image in display orientation (EXIF applied), transparency laid over black, 16-bit grey reduced to 8.
-    Raises InputError when it is missing, not a PNG, JPEG, WebP or BMP, truncated, or larger than 80 million pixels.
+    Raises InputError when it is missing, not a PNG, JPEG, WebP or BMP, truncated, or larger than `max_pixels` (80 million).
     """
     from PIL import Image, ImageOps
 
@@ -50,8 +50,8 @@ def load_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         # The header is enough to refuse; nothing has been decoded yet.
-        if width * height > MAX_PIXELS:
-            raise InputError(f"{name}: {width}x{height} is more than {MAX_PIXELS:,} pixels; scale the image down first")
+        if width * height > max_pixels:
+            raise InputError(f"{name}: {width}x{height} is more than {max_pixels:,} pixels; scale the image down first")
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

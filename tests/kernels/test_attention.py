@@ -135,14 +135,22 @@ def test_fully_masked_caption_gives_zeros() -> None:
     assert out is not None and torch.equal(out, torch.zeros_like(out))
 
 
-@pytest.mark.parametrize("request_", [Quantize("fp8", torch.tensor(0.01), keep=True), Quantize("nvfp4", torch.tensor(0.001), layout="swizzled", keep=True)])
+@pytest.mark.parametrize(
+    "request_", [Quantize("fp8", torch.tensor(0.01), keep=True), Quantize("nvfp4", torch.tensor(0.001), layout="swizzled", keep=True)]
+)
 def test_quantized_outputs_are_those_of_the_plain_output(request_: Quantize) -> None:
     B, N, H, D = 1, 19, 2, 48
     q, segments = rand(B, N, H, D).bfloat16(), [Segment(rand(B, 21, H, D).bfloat16(), rand(B, 21, H, D, seed=1).bfloat16())]
     with exact():
         first = fused.window_attention(q, segments, 0.2, quantize=request_)
         second = fused.cross_attention(
-            q.flatten(2), segments[0].keys, segments[0].values, torch.ones(B, 21, dtype=torch.bool), rand(H * D).bfloat16(), 1e-6, quantize=request_
+            q.flatten(2),
+            segments[0].keys,
+            segments[0].values,
+            torch.ones(B, 21, dtype=torch.bool),
+            rand(H * D).bfloat16(),
+            1e-6,
+            quantize=request_,
         )
     for out in (first, second):
         assert out.plain is not None
@@ -173,4 +181,6 @@ def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="bool mask"):
         fused.cross_attention(q.flatten(2), kv, kv, torch.ones(1, 6), rand(64), 1e-6)
     with pytest.raises(ValueError, match="nvfp4 with heads"):
-        fused.window_attention(rand(1, 4, 2, 24), [Segment(rand(1, 4, 2, 24), rand(1, 4, 2, 24))], 1.0, quantize=Quantize("nvfp4", torch.tensor(1.0)))
+        fused.window_attention(
+            rand(1, 4, 2, 24), [Segment(rand(1, 4, 2, 24), rand(1, 4, 2, 24))], 1.0, quantize=Quantize("nvfp4", torch.tensor(1.0))
+        )

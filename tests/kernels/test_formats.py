@@ -52,7 +52,7 @@ def test_packing_is_reversible_and_low_nibble_first(pairs: int, seed: int) -> No
     assert torch.equal(packed % 16, codes[:, ::2])
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(blocks)
 def test_nvfp4_error_bound(rows: list[list[float]]) -> None:
     x = torch.tensor(rows, dtype=torch.float32)
@@ -96,7 +96,9 @@ def test_nvfp4_known_block() -> None:
 @given(st.integers(1, 300), st.integers(1, 13), st.integers(0, 2**32 - 1))
 @settings(max_examples=40)
 def test_scale_swizzle_is_reversible(rows: int, blocks_: int, seed: int) -> None:
-    scales = torch.randint(0, 0x7F, (rows, blocks_), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    scales = torch.randint(0, 0x7F, (rows, blocks_), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8).view(
+        torch.float8_e4m3fn
+    )
     swizzled = formats.swizzle_scales(scales)
     assert torch.equal(formats.unswizzle_scales(swizzled, rows, blocks_).view(torch.uint8), scales.view(torch.uint8))
     row, block = rows - 1, blocks_ - 1

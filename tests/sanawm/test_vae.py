@@ -10,12 +10,14 @@ from diffusers.video_processor import VideoProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sanawm.config import VAEConfig, tiny_config
+from sanawm.config import VAEConfig
 from sanawm.errors import InputError, UserError
 from sanawm.model.vae import VideoVAE, to_uint8
 from sanawm.model.vae.blocks import depth_to_space, patchify, space_to_depth, unpatchify
 
-TINY = tiny_config().vae
+TINY = VAEConfig(
+    latent_channels=16, encoder_widths=(16, 32, 32, 64), encoder_layers=(1,) * 5, decoder_widths=(16, 32, 64), decoder_layers=(1,) * 4
+)
 # Every downsampler averages groups of another size than in TINY, and batch, channels and layers differ.
 SMALL = VAEConfig(
     latent_channels=8,

@@ -58,13 +58,17 @@ class ModelSizes:
         return self.hidden * self.mlp_ratio
 
 
+# Sizes by the name of a model preset; `tiny` is the model of the examples and tests.
+PRESETS = {"full": ModelSizes(), "tiny": ModelSizes(128, 32, 6, 10, text_tokens=32, caption_channels=64, latent_channels=16)}
+
+
 @dataclass(frozen=True)
 class KernelVariant:
     """One kernel, specialised and ready to be compiled.
 
     name: unique, stable, dotted (`gdn.summarize.d112.bf16`); the launcher looks it up.
     kernel: import path of the `@triton.jit` function, `module:function`.
-    signature: the run-time arguments in the kernel's order and their Triton types; `:16` promises an address aligned to 16 bytes, or an
+    signature: the run-time arguments and their Triton types, in any order; `:16` promises an address aligned to 16 bytes, or an
         integer that is a multiple of 16 (`*bf16:16`, `i32:16`). The launcher must keep the promise.
     constexprs: every other parameter and its value.
     grid: three grid rules (see `sanawm_kernels.aot.grid`) over integer arguments, integer constexprs and `grid_sizes`.

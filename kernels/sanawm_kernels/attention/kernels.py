@@ -4,8 +4,8 @@ A head of 112 channels sits in tiles of 128 whose last 16 lanes are neither read
 multiplies zeros. Splitting a head as 64 + 32 + 16 would avoid those products, but its second product has 16- and 32-column instructions, which
 read as much of the left operand as a 128-column one.
 
-Keys come in up to three segments with their own pointers and strides, so that caches are never concatenated. All whole blocks of all segments run
-in one loop without masks; what rests of each segment follows in a loop with masks.
+Keys come in up to three segments with their own pointers and strides, so that caches are never concatenated; one pipelined loop goes through the
+blocks of all of them.
 """
 
 from __future__ import annotations
@@ -24,47 +24,28 @@ P_SHIFT = tl.constexpr(8.0)
 @triton.jit
 def _update(
     q, k_at, v_at, count, m, denominator, acc, scale,
-    BN: tl.constexpr, P: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, FP8: tl.constexpr, TRANSPOSED: tl.constexpr,
-    PRECISION: tl.constexpr, FULL_HEAD: tl.constexpr,
+    BN: tl.constexpr, P: tl.constexpr, D: tl.constexpr, FP8: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one block of keys. k_at (P, BN) and v_at pointers; `count` valid keys; scale includes log2(e)."""
+    """Online softmax over one block of `count` keys. k_at (P, BN), v_at (BN, P) or for FP8 (P, BN) pointers; scale includes log2(e)."""
     key, channel = tl.arange(0, BN), tl.arange(0, P)
-    # Masks that are always true cost registers: they are made only where they can be false.
-    if MASKED:
-        k = tl.load(k_at, mask=(channel < D)[:, None] & (key < count)[None, :], other=0.0)
-    elif FULL_HEAD:
-        k = tl.load(k_at)
-    else:
-        k = tl.load(k_at, mask=(channel < D)[:, None], other=0.0)
+    k = tl.load(k_at, mask=(channel < D)[:, None] & (key < count)[None, :], other=0.0)
     logits = tl.dot(q, k, input_precision=PRECISION)
-    if MASKED:
+    # The last block of a segment alone pays for masked logits.
+    if count < BN:
         logits = tl.where((key < count)[None, :], logits, float("-inf"))
     m_new = tl.maximum(m, tl.max(logits, 1) * scale)
-    if FP8:
-        p = tl.math.exp2(logits * scale - m_new[:, None] + P_SHIFT)
-    else:
-        p = tl.math.exp2(logits * scale - m_new[:, None])
+    p = tl.math.exp2(logits * scale - (m_new - P_SHIFT if FP8 else m_new)[:, None])
     old = tl.math.exp2(m - m_new)
-    if TRANSPOSED:
-        if MASKED:
-            v = tl.load(v_at, mask=(channel < D)[:, None] & (key < count)[None, :], other=0.0)
-        elif FULL_HEAD:
-            v = tl.load(v_at)
-        else:
-            v = tl.load(v_at, mask=(channel < D)[:, None], other=0.0)
-        v = tl.trans(v)
-    elif MASKED:
-        v = tl.load(v_at, mask=(key < count)[:, None] & (channel < D)[None, :], other=0.0)
-    elif FULL_HEAD:
-        v = tl.load(v_at)
-    else:
-        v = tl.load(v_at, mask=(channel < D)[None, :], other=0.0)
+    denominator = denominator * old + tl.sum(p, 1)
     if FP8:
+        # Rows are padded to whole 16 bytes with finite numbers, whose probabilities are 0: the mask may end there, and loads stay wide.
+        v = tl.load(v_at, mask=(channel < D)[:, None] & (key < (count + 15) // 16 * 16)[None, :], other=0.0)
         # Hopper adds e4m3 products with about 14 bits; only a block's own sum is left to it.
-        acc = acc * old[:, None] + tl.dot(p.to(v.dtype), v)
+        acc = acc * old[:, None] + tl.dot(p.to(v.dtype), tl.trans(v))
     else:
+        v = tl.load(v_at, mask=(key < count)[:, None] & (channel < D)[None, :], other=0.0)
         acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision=PRECISION)
-    return m_new, denominator * old + tl.sum(p, 1), acc
+    return m_new, denominator, acc
 
 
 @triton.jit
@@ -124,54 +105,37 @@ def window_attention(
     # Segments start at this head: e4m3 values are (head, channel, key), all others (key, head, channel).
     k0 += batch * k0_batch + head * D
     v0 += batch * v0_batch + head * D * (v0_row if FP8 else 1)
-    whole0 = n0 // BN
-    whole1 = 0
-    whole2 = 0
+    blocks0 = tl.cdiv(n0, BN)
+    blocks = blocks0
+    blocks1 = blocks0
     if k1 is not None:
         k1 += batch * k1_batch + head * D
         v1 += batch * v1_batch + head * D * (v1_row if FP8 else 1)
-        whole1 = n1 // BN
+        blocks1 += tl.cdiv(n1, BN)
+        blocks = blocks1
     if k2 is not None:
         k2 += batch * k2_batch + head * D
         v2 += batch * v2_batch + head * D * (v2_row if FP8 else 1)
-        whole2 = n2 // BN
+        blocks = blocks1 + tl.cdiv(n2, BN)
 
     m = tl.full((BM,), float("-inf"), tl.float32)
     denominator = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, P), tl.float32)
-    for block in range(0, whole0 + whole1 + whole2):
-        k, k_row, v, v_row, start = k0, k0_row, v0, v0_row, block
+    for block in range(0, blocks):
+        k, k_row, v, v_row, start, n = k0, k0_row, v0, v0_row, block, n0
         if k1 is not None:
-            second = block >= whole0
+            second = block >= blocks0
             k, v = tl.where(second, k1, k), tl.where(second, v1, v)
             k_row, v_row = tl.where(second, k1_row, k_row), tl.where(second, v1_row, v_row)
-            start = tl.where(second, block - whole0, start)
+            start, n = tl.where(second, block - blocks0, start), tl.where(second, n1, n)
         if k2 is not None:
-            third = block >= whole0 + whole1
+            third = block >= blocks1
             k, v = tl.where(third, k2, k), tl.where(third, v2, v)
             k_row, v_row = tl.where(third, k2_row, k_row), tl.where(third, v2_row, v_row)
-            start = tl.where(third, block - whole0 - whole1, start)
-        k_at, v_at = _pointers(k, k_row, v, v_row, start * BN, BN, P, FP8)
-        m, denominator, acc = _update(q_tile, k_at, v_at, BN, m, denominator, acc, scale, BN, P, D, False, FP8, FP8, PRECISION, P == D)
-
-    SEGMENTS: tl.constexpr = 1 + (k1 is not None) + (k2 is not None)
-    for i in range(0, SEGMENTS):
-        k, k_row, v, v_row, start, rest = k0, k0_row, v0, v0_row, whole0, n0 - whole0 * BN
-        if k1 is not None:
-            second = i >= 1
-            k, v = tl.where(second, k1, k), tl.where(second, v1, v)
-            k_row, v_row = tl.where(second, k1_row, k_row), tl.where(second, v1_row, v_row)
-            start = tl.where(second, whole1, start)
-            rest = tl.where(second, n1 - whole1 * BN, rest)
-        if k2 is not None:
-            second = i >= 2
-            k, v = tl.where(second, k2, k), tl.where(second, v2, v)
-            k_row, v_row = tl.where(second, k2_row, k_row), tl.where(second, v2_row, v_row)
-            start = tl.where(second, whole2, start)
-            rest = tl.where(second, n2 - whole2 * BN, rest)
-        if rest > 0:
-            k_at, v_at = _pointers(k, k_row, v, v_row, start * BN, BN, P, FP8)
-            m, denominator, acc = _update(q_tile, k_at, v_at, rest, m, denominator, acc, scale, BN, P, D, True, FP8, FP8, PRECISION, False)
+            start, n = tl.where(third, block - blocks1, start), tl.where(third, n2, n)
+        start *= BN
+        k_at, v_at = _pointers(k, k_row, v, v_row, start, BN, P, FP8)
+        m, denominator, acc = _update(q_tile, k_at, v_at, n - start, m, denominator, acc, scale, BN, P, D, FP8, PRECISION)
 
     acc = acc / denominator[:, None]
     if FP8:
@@ -185,8 +149,9 @@ def window_attention(
 @triton.jit
 def cross_attention(
     q, q_row, q_batch, k, v, k_row, k_batch, v_row, v_batch, mask, q_norm, squares, out, codes, scales, quant_scale, N, L, softmax_scale,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    EPS: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, BP: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EPS: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
+    BF16: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(N, BM), HEADS / GROUP, batch). A program normalises its rows once for GROUP heads.
 

@@ -1,40 +1,15 @@
-"""How the attention kernels are specialised. Nothing here needs torch or triton.
-
-Tiles are chosen from shared memory and registers (inspected ahead of time), not from measurements: no GPU was at hand on 2026-11. Replace a row only
-with a measured one, its date and its reason.
-"""
+"""How the attention kernels are specialised. Nothing here needs torch or triton."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_kernels.attention.table import Tile
 from sanawm_kernels.tokenwise.block_plans import power_of_two
 from sanawm_kernels.tokenwise.plans import QUANT_CODES, arguments, pointer, quant_entries, quant_name, stride, targets_of
 
 KERNELS = "sanawm_kernels.attention.kernels"
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Queries and keys of a tile, warps, pipeline stages."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def window_tile(target: int, fp8: bool, itemsize: int = 2) -> Tile:
-    """Unmeasured defaults: of the usual tiles, one without spills in the loop that fits the architecture's shared memory."""
-    if itemsize == 4 or target == 0:
-        return Tile(32, 32, 4, 1)
-    if target == 90:
-        return Tile(128, 128, 8, 3 if fp8 else 2)
-    if target in (100, 103):
-        return Tile(128, 64, 8, 3)
-    return Tile(128, 64, 8, 2) if fp8 else Tile(128, 32, 8, 2)
 
 
 @cache
@@ -86,6 +61,9 @@ def window_attention(
         num_stages=tile.stages,
         targets=targets_of("fp8" if fp8 else quant),
         hot=True,
+        spill_reason="a few registers around the ray-space transform, once a program; the loop over keys has no local memory access"
+        if ucpe
+        else None,
     )
 
 
@@ -96,29 +74,28 @@ def cross_attention(
     heads: int,
     width: int,
     eps: float,
+    tile: Tile,
     *,
     parts: int = 0,
     keep: bool = True,
     quant: str | None = None,
     swizzled: bool = False,
     native: bool = False,
-    small: bool = False,
 ) -> KernelVariant:
-    """Cross-attention with the query norm; `parts` partial sums of squares a row, 0 to measure them; `small` tiles are for float32 tests."""
+    """Cross-attention with the query norm; `parts` partial sums of squares a row, 0 to measure them."""
     row = stride(heads * width)
     entries: dict[str, str | None] = {
-        "q": pointer(kind), "q_row": row, "q_batch": "i64:16", "k": pointer(kind), "v": pointer(kind), "k_row": row, "k_batch": "i64:16", "v_row": row,
-        "v_batch": "i64:16", "mask": "*u8", "q_norm": pointer(weight), "squares": "*fp32:16" if parts else None, "out": pointer(kind if keep else None),
+        "q": pointer(kind), "q_row": row, "q_batch": "i64:16", "k": pointer(kind), "v": pointer(kind),
+        "k_row": row, "k_batch": "i64:16", "v_row": row, "v_batch": "i64:16", "mask": "*u8", "q_norm": pointer(weight),
+        "squares": "*fp32:16" if parts else None, "out": pointer(kind if keep else None),
     }  # fmt: skip
     entries |= quant_entries(quant) | {"N": "i32", "L": "i32", "softmax_scale": "fp32"}
     signature, absent = arguments(entries)
     # Measuring the squares reads all channels of the rows once a program: heads share a program, so that they share the reading.
     group = 1 if parts else max(g for g in (5, 4, 3, 2, 1) if heads % g == 0)
-    # Chosen for no spills: blocks of NVFP4 need more registers at the end.
-    queries, keys = (32, 32) if small else (32, 64) if quant == "nvfp4" else (64, 32)
     constants = {
         "HEADS": heads, "GROUP": group, "PARTS": parts, "BP": power_of_two(max(parts, 1)), "D": width, "P": power_of_two(width, 16),
-        "BM": queries, "BN": keys, "EPS": eps, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native,
+        "BM": tile.queries, "BN": tile.keys, "EPS": eps, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native,
         "BF16": kind == "bf16", "PRECISION": "ieee",
     }  # fmt: skip
     return KernelVariant(
@@ -128,8 +105,8 @@ def cross_attention(
         constexprs=absent | constants,
         grid=("cdiv(N, BM)", "HEADS // GROUP", "BATCH"),
         grid_sizes=("BATCH",),
-        num_warps=4,
-        num_stages=2,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         targets=targets_of(quant),
         hot=True,
     )

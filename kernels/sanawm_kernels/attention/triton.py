@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sanawm_kernels.attention import plans
+from sanawm_kernels.attention import plans, table
 from sanawm_kernels.attention.naive import Fp8Scales, InverseUCPE, Segment
 from sanawm_kernels.quant.request import Output, Quantize, empty_quantized
 from sanawm_kernels.tokenwise.launch import launch, native_fp4, target, type_name, vector
@@ -28,7 +28,9 @@ def _transposed(x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:
     if tuple(x.shape) != shape:
         raise ValueError(f"{what}: expected transposed FP8 values of shape {shape}, found {tuple(x.shape)}")
     if x.stride(3) != 1 or x.stride(1) != x.shape[2] * x.stride(2) or x.stride(2) % 16:
-        raise ValueError(f"{what}: expected adjacent keys in rows a multiple of 16 apart, found strides {x.stride()}; use fp8_values_transposed")
+        raise ValueError(
+            f"{what}: expected adjacent keys in rows a multiple of 16 apart, found strides {x.stride()}; use fp8_values_transposed"
+        )
     return x
 
 
@@ -41,7 +43,7 @@ def window_attention(
     ucpe: InverseUCPE | None = None,
     dtype: torch.dtype | None = None,
     quantize: Quantize | None = None,
-    tile: plans.Tile | None = None,
+    tile: table.Tile | None = None,
 ) -> Output:
     """See `naive.window_attention`; `tile` overrides the table's choice (for tuning)."""
     what = "window_attention"
@@ -73,7 +75,7 @@ def window_attention(
     request = _request(quantize, D, what)
     out = torch.empty(B, N, H * D, dtype=dtype, device=q_BNHD.device) if request["keep"] else None
     quantized = empty_quantized((B, N, H * D), quantize, q_BNHD.device)
-    chosen = tile or plans.window_tile(target(q_BNHD.device), fp8 is not None, q_BNHD.element_size())
+    chosen = tile or table.tile("window", target(q_BNHD.device), kind)
     variant = plans.window_attention(
         kind, H, D, len(segments), chosen, out=type_name(torch.empty(0, dtype=dtype), what), ucpe=ucpe is not None, rays_batched=rays_batched,
         native=native_fp4(q_BNHD.device), **request,
@@ -86,10 +88,12 @@ def window_attention(
 def _check_ucpe(ucpe: InverseUCPE, B: int, N: int, D: int, what: str) -> int:
     """Tokens a batch where each has its own matrices, else 0."""
     if tuple(ucpe.rays.shape) not in ((B, N, 4, 4), (1, N, 4, 4)) or ucpe.rays.dtype != torch.float32 or not ucpe.rays.is_contiguous():
-        raise ValueError(f"{what}: expected contiguous float32 ray matrices ({B} or 1, {N}, 4, 4), found {tuple(ucpe.rays.shape)} {ucpe.rays.dtype}")
-    for table in (ucpe.cos, ucpe.sin):
-        if tuple(table.shape) != (N, D // 4) or table.dtype != torch.float32 or not table.is_contiguous():
-            raise ValueError(f"{what}: expected contiguous float32 angle tables ({N}, {D // 4}), found {tuple(table.shape)} {table.dtype}")
+        raise ValueError(
+            f"{what}: expected contiguous float32 ray matrices ({B} or 1, {N}, 4, 4), found {tuple(ucpe.rays.shape)} {ucpe.rays.dtype}"
+        )
+    for angles in (ucpe.cos, ucpe.sin):
+        if tuple(angles.shape) != (N, D // 4) or angles.dtype != torch.float32 or not angles.is_contiguous():
+            raise ValueError(f"{what}: expected contiguous float32 angle angless ({N}, {D // 4}), found {tuple(angles.shape)} {angles.dtype}")
     return N if ucpe.rays.shape[0] == B and B > 1 else 0
 
 
@@ -117,7 +121,9 @@ def cross_attention(
     B, L, H, D = _heads(k_BLHD, (None,) * 4, f"{what} keys").shape
     _heads(v_BLHD, (B, L, H, D), f"{what} values")
     if q_BNC.dim() != 3 or q_BNC.shape[0] != B or q_BNC.shape[2] != H * D or q_BNC.stride(2) != 1:
-        raise ValueError(f"{what}: expected queries ({B}, N, {H * D}) with adjacent channels, found {tuple(q_BNC.shape)} with strides {q_BNC.stride()}")
+        raise ValueError(
+            f"{what}: expected queries ({B}, N, {H * D}) with adjacent channels, found {tuple(q_BNC.shape)} with strides {q_BNC.stride()}"
+        )
     if D % 8 or D > 128:
         raise ValueError(f"{what}: expected a head width up to 128 and a multiple of 8, found {D}")
     if tuple(mask_BL.shape) != (B, L) or mask_BL.dtype != torch.bool or not mask_BL.is_contiguous():
@@ -126,18 +132,22 @@ def cross_attention(
         raise ValueError(f"{what}: expected one dtype, found {q_BNC.dtype}, {k_BLHD.dtype} and {v_BLHD.dtype}")
     N = q_BNC.shape[1]
     if squares is not None and (squares.shape[:2] != (B, N) or squares.dtype != torch.float32 or not squares.is_contiguous()):
-        raise ValueError(f"{what}: expected contiguous float32 partial squares ({B}, {N}, parts), found {tuple(squares.shape)} {squares.dtype}")
+        raise ValueError(
+            f"{what}: expected contiguous float32 partial squares ({B}, {N}, parts), found {tuple(squares.shape)} {squares.dtype}"
+        )
     request = _request(quantize, D, what)
+    kind = type_name(q_BNC, what)
+    tile = table.tile("cross", target(q_BNC.device), kind, request.get("quant"))
     variant = plans.cross_attention(
-        type_name(q_BNC, what), type_name(q_norm_C, f"{what} q_norm"), H, D, eps, parts=0 if squares is None else squares.shape[2],
-        native=native_fp4(q_BNC.device), small=q_BNC.element_size() == 4, **request,
+        kind, type_name(q_norm_C, f"{what} q_norm"), H, D, eps, tile, parts=0 if squares is None else squares.shape[2],
+        native=native_fp4(q_BNC.device), **request,
     )  # fmt: skip
     out = torch.empty(B, N, H * D, dtype=q_BNC.dtype, device=q_BNC.device) if request["keep"] else None
     quantized = empty_quantized((B, N, H * D), quantize, q_BNC.device)
     arguments: dict[str, Any] = {
-        "q": q_BNC, "q_row": q_BNC.stride(1), "q_batch": q_BNC.stride(0), "k": k_BLHD, "v": v_BLHD, "k_row": k_BLHD.stride(1), "k_batch": k_BLHD.stride(0),
-        "v_row": v_BLHD.stride(1), "v_batch": v_BLHD.stride(0), "mask": mask_BL.view(torch.uint8), "q_norm": vector(q_norm_C, H * D, f"{what} q_norm"),
-        "N": N, "L": L, "softmax_scale": D**-0.5,
+        "q": q_BNC, "q_row": q_BNC.stride(1), "q_batch": q_BNC.stride(0), "k": k_BLHD, "v": v_BLHD,
+        "k_row": k_BLHD.stride(1), "k_batch": k_BLHD.stride(0), "v_row": v_BLHD.stride(1), "v_batch": v_BLHD.stride(0),
+        "mask": mask_BL.view(torch.uint8), "q_norm": vector(q_norm_C, H * D, f"{what} q_norm"), "N": N, "L": L, "softmax_scale": D**-0.5,
     }  # fmt: skip
     arguments |= ({} if squares is None else {"squares": squares}) | ({} if out is None else {"out": out})
     launch(variant, arguments | quantized_arguments(quantized, quantize, q_BNC.device), BATCH=B)

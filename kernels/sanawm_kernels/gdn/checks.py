@@ -30,13 +30,15 @@ def problem(
     if not branches:
         raise ValueError("expected a main branch, a camera branch or both, found neither")
     if len(chunks) != 1 or not 1 <= chunks[0] <= MAX_FRAMES:
-        raise ValueError(f"expected one chunk of 1 to {MAX_FRAMES} frames, found chunks {tuple(chunks)}; use the plain definition for other schedules")
+        found = f"found chunks {tuple(chunks)}; use the plain definition for other schedules"
+        raise ValueError(f"expected one chunk of 1 to {MAX_FRAMES} frames, {found}")
     q = branches[0].q
     if q.dim() != 3 or q.dtype not in _KINDS:
         raise TypeError(f"q: expected bfloat16 or float32 of shape (B, N, C), found {q.dtype} of shape {tuple(q.shape)}")
     (B, N, C), T, H = q.shape, chunks[0], gates.A_log.shape[0]
     if N % T or C % H or C // H % 8:
-        raise ValueError(f"expected N = frames x tokens and C = heads x width (a multiple of 8), found N {N} with {T} frames and C {C} with {H} heads")
+        found = f"found N {N} with {T} frames and C {C} with {H} heads"
+        raise ValueError(f"expected N = frames x tokens and C = heads x width (a multiple of 8), {found}")
     S, D = N // T, C // H
     kind = TYPE_NAMES[q.dtype]
     if precision is None:
@@ -151,7 +153,7 @@ def refuse_shared_tails(old: GDNState | None, new: GDNState) -> None:
     for field in ("k_tail", "cam_tail"):
         before, after = getattr(old, field, None), getattr(new, field)
         if before is not None and after is not None and before.data_ptr() == after.data_ptr():
-            raise ValueError(f"state_out.{field}: in this precision the keys are convolved twice, so the tail cannot be updated in place; give another tensor")
+            raise ValueError(f"state_out.{field}: in this precision the tail is read twice and cannot be updated in place; give another tensor")
 
 
 def output(given: Tensor | None, q: Tensor, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanawm_kernels.gdn.transforms import decay_factor, product
+from sanawm_kernels.gdn.transforms import decay_factor, operand, product
 
 
 @triton.jit
@@ -43,9 +43,9 @@ def _correction(inflation, slot, S: tl.constexpr, SPLITS: tl.constexpr, CAMERA: 
 
 @triton.jit
 def _scan_rows(
-    gram, update, inflation, slot, state_in, state_out, carried, later, applied, decay_logits, A_log, dt_bias, block,
+    gram, update, inflation, slot, state_in, state_out, carried, later, applied, applied_scale, frames, decay_logits, A_log, dt_bias, block,
     H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr, CAMERA: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
+    PRECISION: tl.constexpr, SCALED: tl.constexpr, CAMERA: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
 ):  # fmt: skip
     i, column = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
     row = block * ROWS + tl.arange(0, ROWS)[:, None]
@@ -64,8 +64,8 @@ def _scan_rows(
         factor = _correction(inflation, slot + t * SPLITS, S, SPLITS, CAMERA)
         a = _sum_splits(gram + t * (SPLITS * D * D) + square, in_square, D * D, SPLITS)
         u = _sum_splits(update + t * (SPLITS * D * D) + rows, in_rows, D * D, SPLITS)
-        state += factor * (u - product(state, a, tl.zeros((ROWS, P), tl.float32), PRECISION))
-        tl.store(later + (t - 1) * (D * D) + rows, state, mask=in_rows)
+        state += factor * (u - product(operand(state, PRECISION), operand(a, PRECISION), tl.zeros((ROWS, P), tl.float32), PRECISION))
+        tl.store(later + (frames + t - 1) * (D * D) + rows, state, mask=in_rows)
     # The forward scan adds the rows stored above, which other threads of this program may have written.
     tl.debug_barrier()
 
@@ -78,10 +78,14 @@ def _scan_rows(
         factor = _correction(inflation, slot + t * SPLITS, S, SPLITS, CAMERA)
         a = _sum_splits(gram + t * (SPLITS * D * D) + square, in_square, D * D, SPLITS)
         u = _sum_splits(update + t * (SPLITS * D * D) + rows, in_rows, D * D, SPLITS)
-        state += factor * (u - product(state, a, tl.zeros((ROWS, P), tl.float32), PRECISION))
-        seen = state + tl.load(later + t * (D * D) + rows, mask=in_rows & (t < T - 1), other=0.0)
+        state += factor * (u - product(operand(state, PRECISION), operand(a, PRECISION), tl.zeros((ROWS, P), tl.float32), PRECISION))
+        seen = state + tl.load(later + (frames + t) * (D * D) + rows, mask=in_rows & (t < T - 1), other=0.0)
+        if SCALED:
+            scale = tl.maximum(tl.max(tl.abs(seen), 1), 1e-30) / 1024
+            tl.store(applied_scale + (frames + t) * D + block * ROWS + tl.arange(0, ROWS), scale, mask=block * ROWS + tl.arange(0, ROWS) < D)
+            seen = seen / scale[:, None]
         # Stored key x value, as `apply` multiplies it.
-        tl.store(applied + t * (D * D) + across, tl.trans(seen).to(applied.dtype.element_ty), mask=in_across)
+        tl.store(applied + (frames + t) * (D * D) + across, tl.trans(seen).to(applied.dtype.element_ty), mask=in_across)
     if COMMIT:
         # The state may be updated in place: no thread may still be reading it.
         tl.debug_barrier()
@@ -125,16 +129,17 @@ def _scan_normaliser(
 
 @triton.jit
 def combine(
-    gram, update, column, inflation, later, later_z, applied, applied_z,
+    gram, update, column, inflation, later, later_z, applied, applied_scale, applied_z,
     main_state_in, main_state_out, z_in, z_out, camera_state_in, camera_state_out, decay_logits, A_log, dt_bias,
     B: tl.constexpr, H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    ROWS: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     MAIN: tl.constexpr, CAMERA: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (BLOCKS * branches + MAIN, B*H): row blocks of the camera branch, of the main branch, and the normaliser.
 
-    Reads what `summarize` wrote. Scratch: later (2, B*H, T, D, D), later_z (B*H, T, D) float32. Writes applied (2, B*H, T, D, D), key x value,
-    in the dtype `apply` multiplies in, applied_z (B*H, T, D) float32, and with COMMIT the states, which may be the ones read.
+    Reads what `summarize` wrote. Scratch: later (2, B*H, T, D, D), later_z (B*H, T, D) float32. Writes the states queries see: applied
+    (2, B*H, T, D, D) key x value, float32, or with SCALED half precision relative to applied_scale (2, B*H, T, D), a factor a value channel;
+    applied_z (B*H, T, D) float32; and with COMMIT the states carried on, which may be the ones read.
     """
     job, head = tl.program_id(0), tl.program_id(1)
     slot = head * T * SPLITS
@@ -142,24 +147,23 @@ def combine(
     decay_logits += (head // H) * (T * H) + head % H
     A_log += head % H
     dt_bias += head % H
-    frames = (head * T).to(tl.int64) * (D * D)
+    frames = (head * T).to(tl.int64)
     splits = slot.to(tl.int64) * (D * D)
     carried = head.to(tl.int64) * (D * D)
-    if CAMERA:
+    if CAMERA:  # noqa: SIM102  (decided when compiling, the next when running)
         if job < BLOCKS:
             _scan_rows(
                 gram + splits, update + splits, inflation, slot, camera_state_in, camera_state_out, carried,
-                later + frames, applied + frames, decay_logits, A_log, dt_bias, job,
-                H, T, S, D, P, ROWS, SPLITS, PRECISION, True, HAS_STATE, COMMIT,
+                later, applied, applied_scale, frames, decay_logits, A_log, dt_bias, job,
+                H, T, S, D, P, ROWS, SPLITS, PRECISION, SCALED, True, HAS_STATE, COMMIT,
             )  # fmt: skip
     if MAIN:
         main_splits = splits + tl.cast(heads * T * SPLITS, tl.int64) * (D * D)
-        main_frames = frames + tl.cast(heads * T, tl.int64) * (D * D)
         if (job >= CAMERA * BLOCKS) & (job < (CAMERA + 1) * BLOCKS):
             _scan_rows(
                 gram + main_splits, update + main_splits, inflation, slot, main_state_in, main_state_out, carried,
-                later + main_frames, applied + main_frames, decay_logits, A_log, dt_bias, job - CAMERA * BLOCKS,
-                H, T, S, D, P, ROWS, SPLITS, PRECISION, False, HAS_STATE, COMMIT,
+                later, applied, applied_scale, heads * T + frames, decay_logits, A_log, dt_bias, job - CAMERA * BLOCKS,
+                H, T, S, D, P, ROWS, SPLITS, PRECISION, SCALED, False, HAS_STATE, COMMIT,
             )  # fmt: skip
         if job == (CAMERA + 1) * BLOCKS:
             _scan_normaliser(

@@ -7,11 +7,13 @@ projection (B, N, W): rows of adjacent channels at one distance. The plain defin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sanawm_kernels.aot.spec import KernelVariant
 from sanawm_kernels.gdn import checks
 from sanawm_kernels.gdn.arguments import BlockOutput, CameraBranch, GDNState, MainBranch
 from sanawm_kernels.gdn.naive import Gates
@@ -20,7 +22,21 @@ from sanawm_kernels.gdn.workspace import scratch
 from sanawm_kernels.tokenwise.launch import launch, target
 
 
-def block_gdn(
+@dataclass(frozen=True)
+class Call:
+    """A call whose buffers are in place: the launches in order with their arguments, and what they write."""
+
+    launches: tuple[tuple[KernelVariant, dict[str, Any]], ...]
+    output: BlockOutput
+
+    def run(self) -> BlockOutput:
+        """Enqueue the launches on the current stream."""
+        for variant, arguments in self.launches:
+            launch(variant, arguments)
+        return self.output
+
+
+def bind(
     main: MainBranch | None,
     camera: CameraBranch | None,
     gates: Gates,
@@ -33,41 +49,40 @@ def block_gdn(
     state_out: GDNState | None = None,
     main_out: Tensor | None = None,
     camera_out: Tensor | None = None,
-) -> BlockOutput:
-    """One or both branches of a GDN block over one chunk of 1 to 5 frames.
+) -> Call:
+    """Check a call of `block_gdn`, allocate its scratch memory and outputs, and return it ready to run, any number of times."""
+    problem = checks.problem(main, camera, gates, chunks, key_scale, state, commit, precision)
+    q = main.q if main is not None else camera.q if camera is not None else gates.beta_logits
+    settings = row(problem, "summarize", target(q.device)).settings
+    B, H, T, S, D = problem.batch, problem.heads, problem.frames, problem.tokens, problem.head_dim
+    shapes = scratch(B, H, T, S, D, str(q.dtype).removeprefix("torch."), problem.precision, settings)
+    arguments: dict[str, Any] = {
+        name: torch.empty(shape, dtype=getattr(torch, dtype), device=q.device) for name, (shape, dtype) in shapes.items()
+    }
+    new = checks.new_state(problem, q, state_out) if commit else GDNState()
+    if commit and not settings["STORE_KEYS"]:
+        checks.refuse_shared_tails(state, new)
+    arguments |= _gate_arguments(gates) | _state_arguments(state, new)
+    outputs: dict[str, Tensor | None] = {"main": None, "camera": None}
+    for name, branch, given in (("main", main, main_out), ("camera", camera, camera_out)):
+        if branch is not None:
+            out = outputs[name] = checks.output(given, branch.q, f"{name}_out")
+            arguments |= _branch_arguments(name, branch, out)
+    launches = tuple((variant, {name: arguments[name] for name in variant.signature}) for variant in plan(problem, target(q.device)))
+    return Call(launches, BlockOutput(outputs["main"], outputs["camera"], new if commit else None))
 
-    gates: write-strength logits (B, N, H), decay logits (B, T, H) float32, A_log and dt_bias (H,). state: what the chunk before left, None at
-    the start. commit: also write the new state, to `state_out` (which may be `state`: in place) or to new tensors; without it the call is
-    read-only. precision: operands of the products, "bf16" (default for bfloat16), "tf32" or "ieee" (default for float32); states and sums
-    are float32 in all. Outputs are written to `main_out` and `camera_out` (B, N, C) where given.
+
+def block_gdn(main: MainBranch | None, camera: CameraBranch | None, gates: Gates, **options: Any) -> BlockOutput:
+    """One or both branches of a GDN block over one chunk of 1 to 5 frames, in four launches.
+
+    gates: write-strength logits (B, N, H), decay logits (B, T, H) float32, A_log and dt_bias (H,). Options, as in `bind`:
+    chunks, key_scale: as in the plain definition. state: what the chunk before left, None at the start. commit: also write the new state, to
+    `state_out` (which may be `state`: in place) or to new tensors; without it the call is read-only. precision: operands of the products,
+    "bf16" (16 bits, default for bfloat16), "tf32" or "ieee" (default for float32); states and sums are float32 in all. Outputs are written to
+    `main_out` and `camera_out` (B, N, C) where given.
     Raises ValueError for inputs that do not fit, TypeError for dtypes.
     """
-    problem = checks.problem(main, camera, gates, chunks, key_scale, state, commit, precision)
-    first = main if main is not None else camera
-    assert first is not None
-    device = first.q.device
-    launches = plan(problem, target(device))
-    buffers = {
-        name: torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-        for name, (shape, dtype) in scratch(
-            problem.batch, problem.heads, problem.frames, problem.tokens, problem.head_dim,
-            str(first.q.dtype).removeprefix("torch."), problem.precision, row(problem, "summarize", target(device)).settings,
-        ).items()
-    }  # fmt: skip
-    new = checks.new_state(problem, first.q, state_out) if commit else GDNState()
-    if commit and not row(problem, "summarize", target(device)).settings["STORE_KEYS"]:
-        checks.refuse_shared_tails(state, new)
-    outputs = {
-        "main": checks.output(main_out, main.q, "main_out") if main is not None else None,
-        "camera": checks.output(camera_out, camera.q, "camera_out") if camera is not None else None,
-    }
-    arguments = buffers | _gate_arguments(gates) | _state_arguments(state, new)
-    for name, branch in (("main", main), ("camera", camera)):
-        if branch is not None:
-            arguments |= _branch_arguments(name, branch, outputs[name])
-    for variant in launches:
-        launch(variant, {name: arguments[name] for name in variant.signature})
-    return BlockOutput(outputs["main"], outputs["camera"], new if commit else None)
+    return bind(main, camera, gates, **options).run()
 
 
 def _gate_arguments(gates: Gates) -> dict[str, Any]:
@@ -87,8 +102,7 @@ def _state_arguments(old: GDNState | None, new: GDNState) -> dict[str, Any]:
     return arguments
 
 
-def _branch_arguments(name: str, branch: MainBranch | CameraBranch, out: Tensor | None) -> dict[str, Any]:
-    assert out is not None
+def _branch_arguments(name: str, branch: MainBranch | CameraBranch, out: Tensor) -> dict[str, Any]:
     tensors = {"q": branch.q, "k": branch.k, "v": branch.v, "conv": branch.conv, "q_norm": branch.q_norm, "k_norm": branch.k_norm, "out": out}
     arguments: dict[str, Any] = {f"{name}_{key}": value for key, value in tensors.items()}
     arguments |= {f"{name}_row": branch.q.stride(1), f"{name}_batch": branch.q.stride(0)}

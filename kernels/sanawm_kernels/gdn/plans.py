@@ -5,6 +5,9 @@ Used by the host wrapper and by the ahead-of-time build alike; needs neither tor
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -55,6 +58,11 @@ class Problem:
         return max(16, 1 << (self.head_dim - 1).bit_length())
 
     @property
+    def key_kind(self) -> str:
+        """dtype of stored keys."""
+        return "fp16" if self.kind == "bf16" else "fp32"
+
+    @property
     def branches(self) -> str:
         return "block" if self.main and self.camera else "main" if self.main else "camera"
 
@@ -63,9 +71,22 @@ class Problem:
         return ".".join(("gdn", phase, self.branches, f"{self.frames}f", self.kind, *facts))
 
 
+_trial: ContextVar[tuple[Row, ...]] = ContextVar("gdn_trial", default=())
+
+
+@contextmanager
+def trying(candidate: Row) -> Iterator[None]:
+    """Plan with `candidate` before the table's rows, to tune it."""
+    token = _trial.set((candidate,))
+    try:
+        yield
+    finally:
+        _trial.reset(token)
+
+
 def row(problem: Problem, phase: str, target: int) -> Row:
     """The phase's tuning row."""
-    return choose(TABLE, phase, target, precision=problem.precision, kind=problem.kind)
+    return choose(_trial.get() + TABLE, phase, target, precision=problem.precision, kind=problem.kind)
 
 
 def _split(entries: dict[str, str | None]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -87,6 +108,11 @@ def _row_and_batch(p: Problem, branch: str, needed: bool) -> dict[str, str | Non
     return {f"{branch}_row": _stride("i32", p.channels, needed), f"{branch}_batch": _stride("i64", p.channels, needed)}
 
 
+def _applied(p: Problem) -> dict[str, str | None]:
+    half = p.precision == "bf16"
+    return {"applied": _pointer("fp16" if half else "fp32"), "applied_scale": _pointer("fp32", half)}
+
+
 def _sizes(p: Problem) -> dict[str, Any]:
     return {"B": p.batch, "H": p.heads, "T": p.frames, "S": p.tokens, "D": p.head_dim, "P": p.padded, "MAIN": p.main, "CAMERA": p.camera}
 
@@ -105,7 +131,6 @@ def _form(p: Problem) -> str:
     return ("commit" if p.commit else "read") + ("" if p.has_state else "_first")
 
 
-@cache
 def prepare(p: Problem, target: int) -> KernelVariant:
     """Convolution, normalisation and tails: `sanawm_kernels.gdn.prepare`."""
     first = 1 << (p.channels.bit_length() - 1)
@@ -118,16 +143,15 @@ def prepare(p: Problem, target: int) -> KernelVariant:
         entries[f"{branch}_tail_out"] = _pointer(p.kind, here, p.commit)
         entries |= _row_and_batch(p, branch, here)
     stored = row(p, "summarize", target).settings["STORE_KEYS"]
-    entries |= {"keys": _pointer(p.kind, stored), "q_scale": _pointer("fp32"), "k_scale": _pointer("fp32", not stored)}
+    entries |= {"keys": _pointer(p.key_kind, stored), "q_scale": _pointer("fp32"), "k_scale": _pointer("fp32", not stored)}
     constants = {
         "B": p.batch, "T": p.frames, "S": p.tokens, "C": p.channels, "C0": first, "C1": max(16, 1 << (rest - 1).bit_length()) if rest else 0,
-        "EPS": NORM_EPS, "KEY_SCALE": p.key_scale, "MAIN": p.main, "CAMERA": p.camera, "CAMERA_CARRY": p.camera_carry,
+        "EPS": NORM_EPS, "MAIN": p.main, "CAMERA": p.camera, "CAMERA_CARRY": p.camera_carry,
         "HAS_STATE": p.has_state, "COMMIT": p.commit, "STORE_KEYS": stored,
     }  # fmt: skip
     return _variant(p, "prepare", row(p, "prepare", target), (_form(p),), entries, constants, ("S", "B", "MAIN + CAMERA"))
 
 
-@cache
 def summarize(p: Problem, target: int) -> KernelVariant:
     """Each frame's effect on the state: `sanawm_kernels.gdn.summarize`."""
     tuned = row(p, "summarize", target)
@@ -142,7 +166,7 @@ def summarize(p: Problem, target: int) -> KernelVariant:
     entries |= {x: _pointer("fp32", p.main) for x in ("cos", "sin")}
     entries |= {x: _pointer("fp32", p.camera) for x in ("rays_inverse", "camera_cos", "camera_sin")}
     entries |= {"rays_batch": "i64" if p.camera else None, "beta": f"*{p.kind}", "beta_row": "i32", "beta_batch": "i64"}
-    entries |= {"keys": _pointer(p.kind, stored), "k_scale": _pointer("fp32", not stored), "gram": _pointer("fp32"), "update": _pointer("fp32")}
+    entries |= {"keys": _pointer(p.key_kind, stored), "k_scale": _pointer("fp32", not stored), "gram": _pointer("fp32"), "update": _pointer("fp32")}
     entries |= {"column": _pointer("fp32", p.main), "inflation": _pointer("fp32", p.camera)}
     constants = {
         **_sizes(p), **tuned.settings, "KEY_SCALE": p.key_scale, "PRECISION": p.precision, "CLAMP": p.clamp,
@@ -152,15 +176,13 @@ def summarize(p: Problem, target: int) -> KernelVariant:
     return _variant(p, "summarize", tuned, facts, entries, constants, ("B * H", "T * SPLITS", "(MAIN + CAMERA) * (2 - FUSED) + MAIN"))
 
 
-@cache
 def combine(p: Problem, target: int) -> KernelVariant:
     """Frames' effects into states: `sanawm_kernels.gdn.combine`."""
     tuned = row(p, "combine", target)
     rows = tuned.settings["ROWS"]
-    applied = "bf16" if p.precision == "bf16" else "fp32"
     entries: dict[str, str | None] = {x: _pointer("fp32") for x in ("gram", "update", "later")}
     entries |= {x: _pointer("fp32", p.main) for x in ("column", "later_z", "applied_z")}
-    entries |= {"inflation": _pointer("fp32", p.camera), "applied": _pointer(applied)}
+    entries |= {"inflation": _pointer("fp32", p.camera), **_applied(p)}
     for state, here in (("main_state", p.main), ("z", p.main), ("camera_state", p.camera)):
         entries |= {f"{state}_in": _pointer("fp32", here, p.has_state), f"{state}_out": _pointer("fp32", here, p.commit)}
     entries |= {"decay_logits": "*fp32", "A_log": f"*{p.gate_kind}", "dt_bias": f"*{p.gate_kind}"}
@@ -168,12 +190,11 @@ def combine(p: Problem, target: int) -> KernelVariant:
     precision = "ieee" if p.precision == "ieee" else "tf32"
     constants = {
         **_sizes(p), "ROWS": rows, "BLOCKS": -(-p.head_dim // rows), "SPLITS": row(p, "summarize", target).settings["SPLITS"],
-        "PRECISION": precision, "HAS_STATE": p.has_state, "COMMIT": p.commit,
+        "PRECISION": precision, "SCALED": p.precision == "bf16", "HAS_STATE": p.has_state, "COMMIT": p.commit,
     }  # fmt: skip
     return _variant(p, "combine", tuned, (p.precision, _form(p)), entries, constants, ("BLOCKS * (MAIN + CAMERA) + MAIN", "B * H", "1"))
 
 
-@cache
 def apply(p: Problem, target: int) -> KernelVariant:
     """States applied to queries: `sanawm_kernels.gdn.apply`."""
     tuned = row(p, "apply", target)
@@ -184,9 +205,9 @@ def apply(p: Problem, target: int) -> KernelVariant:
     entries |= {x: _pointer("fp32", p.main) for x in ("cos", "sin", "applied_z")}
     entries |= {x: _pointer("fp32", p.camera) for x in ("rays", "camera_cos", "camera_sin")}
     entries |= {"rays_batch": "i64" if p.camera else None, "q_scale": _pointer("fp32")}
-    entries["applied"] = _pointer("bf16" if p.precision == "bf16" else "fp32")
+    entries |= _applied(p)
     constants = {**_sizes(p), **tuned.settings, "EPS": DENOMINATOR_EPS, "PRECISION": p.precision, "CLAMP": p.clamp}
-    return _variant(p, "apply", tuned, (p.precision,), entries, constants, ("cdiv(S, R)", "B * H * T", "MAIN + CAMERA"))
+    return _variant(p, "apply", tuned, (p.precision,), entries, constants, ("cdiv(S, R * TILES)", "B * H * T", "MAIN + CAMERA"))
 
 
 PHASES = (prepare, summarize, combine, apply)
@@ -194,4 +215,9 @@ PHASES = (prepare, summarize, combine, apply)
 
 def plan(problem: Problem, target: int) -> tuple[KernelVariant, ...]:
     """The launches of one call, in order."""
+    return tuple(phase(problem, target) for phase in PHASES) if _trial.get() else _planned(problem, target)
+
+
+@cache
+def _planned(problem: Problem, target: int) -> tuple[KernelVariant, ...]:
     return tuple(phase(problem, target) for phase in PHASES)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanawm_kernels.gdn.transforms import camera_rotary_tile, product, rms_clamp, rotary_tile, rotate_pairs, ucpe
+from sanawm_kernels.gdn.transforms import camera_rotary_tile, operand, product, relu, rms_clamp, rotary_tile, rotate_pairs, ucpe
 
 
 @triton.jit
@@ -44,7 +44,7 @@ def _filter_again(
         y += mixed * tl.load(conv + channel * 4 + (3 - j), mask=channel < D, other=0.0).to(tl.float32)[None, :]
     weight = tl.load(norm + head_channel + channel, mask=channel < D, other=0.0).to(tl.float32) * KEY_SCALE
     inverse = tl.load(k_scale + token_offset + frame * S + position, mask=valid, other=0.0)
-    return tl.maximum(y * inverse[:, None] * weight[None, :], 0.0)
+    return relu(y * inverse[:, None] * weight[None, :])
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def _keys(
     source: raw keys and offset, stored keys, reciprocal RMS and the batch's first token, tail and offset, taps, norm, the head's first channel.
     """
     if STORED:
-        return _head_tile(source[2] + source[4] * C + source[9], frame * S + position, valid, channel, C, D)
+        return _head_tile(source[2] + source[4] * C + source[9], frame * S + position, valid, channel, C, D) * KEY_SCALE
     else:
         return _filter_again(source, frame, position, valid, channel, row, T, S, C, D, KEY_SCALE, CARRY)
 
@@ -95,7 +95,11 @@ def _camera_job(
         key = ucpe(plain, matrix, valid, turn_cos, turn_sin, R, P, D, False)
         if CLAMP:
             key = rms_clamp(key, plain, D)
-        weighted = key * _write_strength(beta, token, valid, beta_row)[:, None]
+        if GRAM:
+            ratio = tl.maximum(tl.sum(key * key, 1), 1e-12) / tl.maximum(tl.sum(plain * plain, 1), 1e-12)
+            growth += tl.where(valid, ratio, 0.0)
+        weighted = operand(key * _write_strength(beta, token, valid, beta_row)[:, None], PRECISION)
+        key = operand(key, PRECISION)
         # Both transforms come before both products, so that no product's operand waits in registers.
         if UPDATE:
             raw = _head_tile(v, token, valid, channel, row, D)
@@ -103,11 +107,9 @@ def _camera_job(
             if CLAMP:
                 value = rms_clamp(value, raw, D)
         if GRAM:
-            ratio = tl.maximum(tl.sum(key * key, 1), 1e-12) / tl.maximum(tl.sum(plain * plain, 1), 1e-12)
-            growth += tl.where(valid, ratio, 0.0)
             outer = product(tl.trans(key), weighted, outer, PRECISION)
         if UPDATE:
-            written = product(tl.trans(value), weighted, written, PRECISION)
+            written = product(tl.trans(operand(value, PRECISION)), weighted, written, PRECISION)
     if GRAM:
         _store_square(gram, slot, outer, D, P)
         tl.store(inflation + slot, tl.sum(growth, 0))
@@ -130,11 +132,12 @@ def _main_job(
         token = frame * S + position
         plain = _keys(source, frame, position, valid, channel, row, T, S, C, D, KEY_SCALE, CARRY, STORED)
         key = rotate_pairs(plain, rotary_tile(cos, token, valid, P, D), rotary_tile(sin, token, valid, P, D), R, P)
-        weighted = key * _write_strength(beta, token, valid, beta_row)[:, None]
+        weighted = operand(key * _write_strength(beta, token, valid, beta_row)[:, None], PRECISION)
         if GRAM:
-            outer = product(tl.trans(key), weighted, outer, PRECISION)
+            outer = product(tl.trans(operand(key, PRECISION)), weighted, outer, PRECISION)
         if UPDATE:
-            written = product(tl.trans(_head_tile(v, token, valid, channel, row, D)), weighted, written, PRECISION)
+            value = operand(_head_tile(v, token, valid, channel, row, D), PRECISION)
+            written = product(tl.trans(value), weighted, written, PRECISION)
     if GRAM:
         _store_square(gram, slot, outer, D, P)
     if UPDATE:
@@ -147,18 +150,20 @@ def _normaliser_job(
     T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, R: tl.constexpr, KEY_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, CARRY: tl.constexpr, STORED: tl.constexpr,
 ):  # fmt: skip
+    # These keys have only been normalised: before they are scaled they fit half precision, which is more exact than bfloat16.
+    HALF: tl.constexpr = "fp16" if PRECISION == "bf16" else PRECISION
     channel = tl.arange(0, P)
     outer = tl.zeros((P, P), tl.float32)
     total = tl.zeros((R, P), tl.float32)
     for s in range(start, stop, R):
         position = s + tl.arange(0, R)
         valid = position < stop
-        plain = _keys(source, frame, position, valid, channel, row, T, S, C, D, KEY_SCALE, CARRY, STORED)
+        plain = _keys(source, frame, position, valid, channel, row, T, S, C, D, 1.0, CARRY, STORED)
         weighted = plain * _write_strength(beta, frame * S + position, valid, beta_row)[:, None]
-        outer = product(tl.trans(plain), weighted, outer, PRECISION)
+        outer = product(tl.trans(operand(plain, HALF)), operand(weighted, HALF), outer, HALF)
         total += weighted
-    _store_square(gram, gram_slot, outer, D, P)
-    tl.store(column + slot * D + channel, tl.sum(total, 0), mask=channel < D)
+    _store_square(gram, gram_slot, outer * (KEY_SCALE * KEY_SCALE), D, P)
+    tl.store(column + slot * D + channel, tl.sum(total, 0) * KEY_SCALE, mask=channel < D)
 
 
 @triton.jit
@@ -192,7 +197,7 @@ def summarize(
     tail = batch * (3 * S * C) + first
     beta += batch * beta_batch + head
 
-    if CAMERA:
+    if CAMERA:  # noqa: SIM102  (decided when compiling, the next when running)
         if job < PARTS:
             row = camera_row.to(tl.int64)
             offset = batch * camera_batch + first
@@ -209,7 +214,7 @@ def summarize(
                     source, v, beta, beta_row, inverse, camera_cos, camera_sin, row, frame, start, stop, gram, update, inflation, slot,
                     T, S, C, D, P, R, KEY_SCALE, PRECISION, CLAMP, CAMERA_CARRY, STORE_KEYS, True, False,
                 )  # fmt: skip
-    if MAIN:
+    if MAIN:  # noqa: SIM102
         if job >= CAMERA * PARTS:
             row = main_row.to(tl.int64)
             offset = batch * main_batch + first

@@ -10,6 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
+def relu(x):
+    """max(x, 0) that keeps NaN, as torch does: a broken projection must not look like a silent one."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def round_tf32(x):
     """float32 rounded to the 10 mantissa bits of tf32, ties away from zero. The tensor cores alone would cut the other bits off, and every
     product would come out too small by about 2**-11."""
@@ -18,14 +24,31 @@ def round_tf32(x):
 
 
 @triton.jit
-def product(a, b, accumulator, PRECISION: tl.constexpr):
-    """accumulator + a @ b. `bf16` and `tf32` round the operands for the tensor cores; `ieee` multiplies float32."""
+def saturate(x):
+    """x within the range of half precision; NaN stays."""
+    return tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """x rounded as an operand of `product`: `bf16`, `fp16` (saturating) and `tf32` for the tensor cores, `ieee` float32 as it is."""
     if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), accumulator)
+        return x.to(tl.bfloat16)
+    elif PRECISION == "fp16":
+        return saturate(x.to(tl.float32)).to(tl.float16)
     elif PRECISION == "tf32":
-        return tl.dot(round_tf32(a.to(tl.float32)), round_tf32(b.to(tl.float32)), accumulator, input_precision="tf32")
+        return round_tf32(x.to(tl.float32))
     else:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator, input_precision="ieee")
+        return x.to(tl.float32)
+
+
+@triton.jit
+def product(a, b, accumulator, PRECISION: tl.constexpr):
+    """accumulator + a @ b, of operands already rounded."""
+    if PRECISION == "bf16" or PRECISION == "fp16":
+        return tl.dot(a, b, accumulator)
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
 
 
 @triton.jit
@@ -36,14 +59,14 @@ def rotate_pairs(x, cos, sin, R: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _matrix_entry(matrix, valid, I: tl.constexpr, J: tl.constexpr, TRANSPOSE: tl.constexpr):
-    return tl.load(matrix + (4 * J + I if TRANSPOSE else 4 * I + J), mask=valid, other=0.0)[:, None]
+def _matrix_entry(matrix, valid, ROW: tl.constexpr, COLUMN: tl.constexpr, TRANSPOSE: tl.constexpr):
+    return tl.load(matrix + (4 * COLUMN + ROW if TRANSPOSE else 4 * ROW + COLUMN), mask=valid, other=0.0)[:, None]
 
 
 @triton.jit
-def _matrix_row(c0, c1, c2, c3, matrix, valid, I: tl.constexpr, TRANSPOSE: tl.constexpr):
-    y = _matrix_entry(matrix, valid, I, 0, TRANSPOSE) * c0 + _matrix_entry(matrix, valid, I, 1, TRANSPOSE) * c1
-    return y + _matrix_entry(matrix, valid, I, 2, TRANSPOSE) * c2 + _matrix_entry(matrix, valid, I, 3, TRANSPOSE) * c3
+def _matrix_row(c0, c1, c2, c3, matrix, valid, ROW: tl.constexpr, TRANSPOSE: tl.constexpr):
+    y = _matrix_entry(matrix, valid, ROW, 0, TRANSPOSE) * c0 + _matrix_entry(matrix, valid, ROW, 1, TRANSPOSE) * c1
+    return y + _matrix_entry(matrix, valid, ROW, 2, TRANSPOSE) * c2 + _matrix_entry(matrix, valid, ROW, 3, TRANSPOSE) * c3
 
 
 @triton.jit

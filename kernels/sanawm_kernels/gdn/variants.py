@@ -10,7 +10,7 @@ from sanawm_kernels.gdn.plans import Problem, plan
 
 def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
     """Both branches of a block together: every chunk length, first or later chunk, read-only or committing."""
-    found = {}
+    found: dict[str, KernelVariant] = {}
     for frames, has_state, commit in product(sizes.frames, (False, True), (False, True)):
         problem = Problem(
             sizes.batch, sizes.heads, sizes.head_dim, frames, sizes.tokens_per_frame, (sizes.head_dim * sizes.tokens_per_frame) ** -0.5,

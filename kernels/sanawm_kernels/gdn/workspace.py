@@ -18,7 +18,7 @@ def scratch(batch: int, heads: int, frames: int, tokens: int, head_dim: int, dty
     BH, N, D, splits = batch * heads, frames * tokens, head_dim, settings["SPLITS"]
     keys = (2, batch, N, heads * D) if settings["STORE_KEYS"] else (1,)
     return {
-        "keys": (keys, dtype),
+        "keys": (keys, "float16" if dtype == "bfloat16" else "float32"),
         "q_scale": ((2, batch, N), "float32"),
         "k_scale": ((2, batch, N), "float32"),
         "gram": ((3, BH, frames, splits, D, D), "float32"),
@@ -27,6 +27,7 @@ def scratch(batch: int, heads: int, frames: int, tokens: int, head_dim: int, dty
         "inflation": ((BH, frames, splits), "float32"),
         "later": ((2, BH, frames, D, D), "float32"),
         "later_z": ((BH, frames, D), "float32"),
-        "applied": ((2, BH, frames, D, D), "bfloat16" if precision == "bf16" else "float32"),
+        "applied": ((2, BH, frames, D, D), "float16" if precision == "bf16" else "float32"),
+        "applied_scale": ((2, BH, frames, D), "float32"),
         "applied_z": ((BH, frames, D), "float32"),
     }

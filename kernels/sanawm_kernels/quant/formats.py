@@ -2,7 +2,7 @@
 
 NVFP4: e2m1 values in blocks of 16 along the last axis, one e4m3 scale a block, one float32 scale a tensor. The numerics are those of NVIDIA's model
 optimizer and of the ONNX FLOAT4E2M1 type (specification of the format: "Introducing NVFP4", NVIDIA 2025; OCP Microscaling Formats v1.0 for e2m1):
-global scale = amax / (6 * 448); block scale = e4m3(block amax / 6 / global scale) clamped to [2^-9, 448]; e2m1 rounds to nearest even; the even
+global scale = amax / (6 * 448); block scale = e4m3(block amax / (6 * global scale)) clamped to [2^-9, 448]; e2m1 rounds to nearest even; the even
 element of a pair is the low nibble. FP8: e4m3 values with one scale a tensor or a row, scale = amax / 448.
 
 Shapes: M rows, K columns (the contraction axis), R and J the 128-row and 4-block tiles of a swizzled scale tensor.
@@ -10,6 +10,7 @@ Shapes: M rows, K columns (the contraction axis), R and J the 128-row and 4-bloc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +46,7 @@ class Fp8Tensor:
 class Nvfp4Tensor:
     """Packed e2m1 values (..., K/2) uint8, e4m3 block scales, and the float32 global scale (). value = global * block scale * e2m1.
 
-    `layout` of the scales: "rows" is (..., K/16); "swizzled" is (R, J, 32, 4, 4), what tcgen05 and cuBLASLt read (two-dimensional tensors only).
+    `layout` of the scales: "rows" is (..., K/16); "swizzled" is (R, J, 32, 4, 4), what tcgen05 and cuBLASLt read, of all rows flattened.
     """
 
     packed: Tensor
@@ -57,7 +58,8 @@ class Nvfp4Tensor:
         """Block scales in row layout, (..., K/16) e4m3."""
         if self.layout == "rows":
             return self.scales
-        return unswizzle_scales(self.scales, self.packed.shape[0], self.packed.shape[1] * 2 // BLOCK)
+        *lead, width = self.packed.shape
+        return unswizzle_scales(self.scales, math.prod(lead), width * 2 // BLOCK).view(*lead, -1)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The represented numbers (..., K); exact in float64."""
@@ -69,7 +71,7 @@ class Nvfp4Tensor:
         """The same tensor with its scales in the 128x4 layout."""
         if self.layout == "swizzled":
             return self
-        return Nvfp4Tensor(self.packed, swizzle_scales(self.scales), self.global_scale, "swizzled")
+        return Nvfp4Tensor(self.packed, swizzle_scales(self.scales.flatten(0, -2)), self.global_scale, "swizzled")
 
 
 def _finite_amax(x: Tensor) -> Tensor:
@@ -110,7 +112,9 @@ def quantize_fp8(x: Tensor, scale: Tensor | None = None, *, per_row: bool = Fals
         scale = _scale_of(x.abs().amax(-1) if per_row else x.abs().amax(), E4M3_MAX)
     scale = scale.float()
     if scale.dim() and scale.shape != x.shape[:-1]:
-        raise ValueError(f"expected a scale of shape () or {tuple(x.shape[:-1])} for values of shape {tuple(x.shape)}, found {tuple(scale.shape)}")
+        raise ValueError(
+            f"expected a scale of shape () or {tuple(x.shape[:-1])} for values of shape {tuple(x.shape)}, found {tuple(scale.shape)}"
+        )
     _check_scale(scale)
     return Fp8Tensor(to_e4m3(x / (scale.unsqueeze(-1) if scale.dim() else scale)), scale)
 
@@ -148,19 +152,23 @@ def nvfp4_global_scale(x: Tensor) -> Tensor:
 
 
 def nvfp4_block_scales(x: Tensor, global_scale: Tensor) -> Tensor:
-    """e4m3 scales (..., K/16) of x (..., K) under a global scale: round to nearest even, clamped to [2^-9, 448]."""
+    """e4m3 scales (..., K/16) of x (..., K) under a global scale: nearest even, clamped to [2^-9, 448]."""
     amax = x.float().unflatten(-1, (-1, BLOCK)).abs().amax(-1)
-    return to_e4m3((amax / E2M1_MAX / global_scale).clamp(E4M3_SMALLEST, E4M3_MAX))
+    return to_e4m3((amax / (E2M1_MAX * global_scale)).clamp(E4M3_SMALLEST, E4M3_MAX))
 
 
-def quantize_nvfp4(x: Tensor, global_scale: Tensor | None = None, block_scales: Tensor | None = None, *, layout: Layout = "rows") -> Nvfp4Tensor:
+def quantize_nvfp4(
+    x: Tensor, global_scale: Tensor | None = None, block_scales: Tensor | None = None, *, layout: Layout = "rows"
+) -> Nvfp4Tensor:
     """x (..., K), K a multiple of 16, to NVFP4.
 
     `global_scale` (): a calibrated one, or None for amax / 2688 of x itself. `block_scales` (..., K/16) e4m3: a searched set, or None for the block
     maxima. Raises ValueError for an infinity or NaN, a K that is not a multiple of 16, and scales that are not positive.
     """
     if x.dim() == 0 or x.shape[-1] % BLOCK:
-        raise ValueError(f"expected a last axis that is a multiple of {BLOCK}, found shape {tuple(x.shape)}; pad the contraction axis with zeros")
+        raise ValueError(
+            f"expected a last axis that is a multiple of {BLOCK}, found shape {tuple(x.shape)}; pad the contraction axis with zeros"
+        )
     amax = _finite_amax(x)
     global_scale = _scale_of(amax, E2M1_MAX * E4M3_MAX) if global_scale is None else global_scale.float()
     if global_scale.dim():
@@ -182,7 +190,9 @@ def swizzle_scales(scales_MJ: Tensor) -> Tensor:
     factors layout").
     """
     if scales_MJ.dim() != 2:
-        raise ValueError(f"expected two-dimensional block scales to swizzle, found shape {tuple(scales_MJ.shape)}; flatten the leading axes")
+        raise ValueError(
+            f"expected two-dimensional block scales to swizzle, found shape {tuple(scales_MJ.shape)}; flatten the leading axes"
+        )
     rows, blocks = scales_MJ.shape
     R, J = -(-rows // 128), -(-blocks // 4)
     padded = torch.zeros(R * 128, J * 4, dtype=torch.uint8, device=scales_MJ.device)

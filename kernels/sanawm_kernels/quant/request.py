@@ -48,10 +48,7 @@ def quantize_rows(x: Tensor, request: Quantize | None) -> Output:
         return Output(x, None)
     quantized: Fp8Tensor | Nvfp4Tensor
     if request.kind == "nvfp4":
-        flat = x.flatten(0, -2)
-        q = quantize_nvfp4(flat, request.scale, layout=request.layout)
-        scales = q.scales.unflatten(0, x.shape[:-1]) if request.layout == "rows" else q.scales
-        quantized = Nvfp4Tensor(q.packed.unflatten(0, x.shape[:-1]), scales, q.global_scale, q.layout)
+        quantized = quantize_nvfp4(x, request.scale, layout=request.layout)
     else:
         quantized = quantize_fp8(x, request.scale, per_row=request.kind == "fp8_rows")
     return Output(x if request.keep else None, quantized)

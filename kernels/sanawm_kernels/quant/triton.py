@@ -50,7 +50,7 @@ def nvfp4_blocks(x, global_scale, R: tl.constexpr, J: tl.constexpr, NATIVE: tl.c
     """x (R, 16 J) float32 to packed bytes (R, 8 J) and e4m3 scales (R, J) under a float32 global scale."""
     blocks = tl.reshape(x, (R, J, 16))
     amax = tl.max(tl.abs(blocks), 2)
-    wanted = tl.math.div_rn(tl.math.div_rn(amax, 6.0), global_scale)
+    wanted = tl.math.div_rn(amax, 6.0 * global_scale)
     scales = tl.minimum(tl.maximum(wanted, 0.001953125), 448.0).to(tl.float8e4nv)
     inverse = tl.math.div_rn(1.0, scales.to(tl.float32) * global_scale)
     low, high = tl.split(tl.reshape(blocks * inverse[:, :, None], (R, J, 8, 2)))
@@ -74,7 +74,9 @@ def saturate_e4m3(x):
 
 
 @triton.jit
-def store_row(x, codes, scales, scale, row, column, blocks, inside, W: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr):
+def store_row(
+    x, codes, scales, scale, row, column, blocks, inside, W: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr
+):
     """Quantize and store W float32 elements x of a row, which start at `column` (a multiple of 16); `inside` masks the row's end.
 
     scale: the float32 scale of FP8, the row's own scale of FP8_ROWS, the global scale of NVFP4; blocks: 16-element blocks of a whole row.

@@ -20,7 +20,9 @@ def depthwise_glu(x_BNG: Tensor, taps_9G: Tensor, bias_G: Tensor, grid: tuple[in
     flat = rows(x_BNG, f"{what} x")
     width = flat.shape[1]
     if flat.shape[0] % (h * w) or width % 2:
-        raise ValueError(f"{what}: expected whole frames of {h}x{w} tokens with an even number of channels, found shape {tuple(x_BNG.shape)}")
+        raise ValueError(
+            f"{what}: expected whole frames of {h}x{w} tokens with an even number of channels, found shape {tuple(x_BNG.shape)}"
+        )
     if tuple(taps_9G.shape) != (9, width) or not taps_9G.is_contiguous():
         raise ValueError(f"{what}: expected contiguous taps (9, {width}), found {tuple(taps_9G.shape)} with strides {taps_9G.stride()}")
     vector(bias_G, width, f"{what} bias")
@@ -32,13 +34,20 @@ def depthwise_glu(x_BNG: Tensor, taps_9G: Tensor, bias_G: Tensor, grid: tuple[in
     out = torch.empty(shape, dtype=x_BNG.dtype, device=x_BNG.device) if parameters["keep"] else None
     quantized = empty_quantized(shape, quantize, x_BNG.device)
     variant = plans.depthwise_glu(type_name(flat, what), type_name(taps_9G, what), h, w, width // 2, **parameters)
-    arguments: dict[str, Any] = {"x": flat, "x_row": flat.stride(0), "taps": taps_9G, "bias": bias_G} | ({} if out is None else {"out": out})
+    arguments: dict[str, Any] = {"x": flat, "x_row": flat.stride(0), "taps": taps_9G, "bias": bias_G} | (
+        {} if out is None else {"out": out}
+    )
     launch(variant, arguments | quantized_arguments(quantized, quantize, x_BNG.device), FRAMES=flat.shape[0] // (h * w))
     return Output(out, quantized)
 
 
 def gate_logits(
-    u_BNC: Tensor, decay_weight_HC: Tensor, decay_bias_H: Tensor, frames: int, beta_weight_HC: Tensor | None = None, beta_bias_H: Tensor | None = None
+    u_BNC: Tensor,
+    decay_weight_HC: Tensor,
+    decay_bias_H: Tensor,
+    frames: int,
+    beta_weight_HC: Tensor | None = None,
+    beta_bias_H: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """See `naive.gate_logits`; the decay logits are float32."""
     what = "gate_logits"
@@ -76,7 +85,7 @@ def _tables(what: str, cos: Tensor, sin: Tensor, tokens: int, pairs: int) -> Non
     for name, table in (("cos", cos), ("sin", sin)):
         if tuple(table.shape) != (tokens, pairs) or table.dtype != torch.float32 or not table.is_contiguous():
             raise ValueError(
-                f"{what}: expected a contiguous float32 {name} table ({tokens}, {pairs}), found {tuple(table.shape)} {table.dtype} with strides {table.stride()}"
+                f"{what}: expected a contiguous float32 {name} table ({tokens}, {pairs}), found {tuple(table.shape)} {table.dtype}"
             )
 
 
@@ -86,21 +95,41 @@ def _head_width(what: str, channels: int, heads: int) -> int:
     return channels // heads
 
 
-def rope_heads(q_BNC: Tensor, k_BNC: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor]:
+def rope_heads(
+    q_BNC: Tensor, k_BNC: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
     """See `naive.rope_heads`."""
     q, k = _rope(q_BNC, k_BNC, q_norm, k_norm, cos, sin, heads, eps, None, None)
     return q, k
 
 
 def rope_heads_fp8(
-    q_BNC: Tensor, k_BNC: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, q_scale: Tensor, k_scale: Tensor
+    q_BNC: Tensor,
+    k_BNC: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    q_scale: Tensor,
+    k_scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`rope_heads` with e4m3 results under the given float32 scales ()."""
     return _rope(q_BNC, k_BNC, q_norm, k_norm, cos, sin, heads, eps, q_scale, k_scale)
 
 
 def _rope(
-    q: Tensor, k: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, q_scale: Tensor | None, k_scale: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    q_norm: Tensor,
+    k_norm: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     what = "rope_heads"
     B, N, C = q.shape
@@ -113,7 +142,15 @@ def _rope(
     dtype = torch.float8_e4m3fn if fp8 else q.dtype
     out = {f"{name}_out": torch.empty(B, N, heads, D, dtype=dtype, device=q.device) for name in flat}
     weights = {"q_norm": vector(q_norm, C, f"{what} q_norm"), "k_norm": vector(k_norm, C, f"{what} k_norm")}
-    arguments: dict[str, Any] = {**flat, **{f"{name}_row": x.stride(0) for name, x in flat.items()}, **weights, **out, "cos": cos, "sin": sin, "ROWS": B * N}
+    arguments: dict[str, Any] = {
+        **flat,
+        **{f"{name}_row": x.stride(0) for name, x in flat.items()},
+        **weights,
+        **out,
+        "cos": cos,
+        "sin": sin,
+        "ROWS": B * N,
+    }
     if fp8:
         arguments |= {"q_scale": q_scale, "k_scale": k_scale}
     launch(plans.rope_heads(type_name(q, what), type_name(q_norm, what), heads, D, N, eps, fp8), arguments)
@@ -123,7 +160,7 @@ def _rope(
 def _rays(what: str, rays: Tensor, batch: int, tokens: int) -> Tensor:
     if tuple(rays.shape) not in ((batch, tokens, 4, 4), (1, tokens, 4, 4)) or rays.dtype != torch.float32 or not rays.is_contiguous():
         raise ValueError(
-            f"{what}: expected contiguous float32 ray matrices ({batch} or 1, {tokens}, 4, 4), found {tuple(rays.shape)} {rays.dtype} with strides {rays.stride()}"
+            f"{what}: expected contiguous float32 ray matrices ({batch} or 1, {tokens}, 4, 4), found {tuple(rays.shape)} {rays.dtype}"
         )
     return rays
 
@@ -155,9 +192,15 @@ def ucpe_heads(
     if (q_scale is None) != (k_scale is None):
         raise ValueError(f"{what}: expected both or neither of the scales of queries and keys")
     if rays_inverse.shape != rays.shape:
-        raise ValueError(f"{what}: expected ray matrices and inverses of one shape, found {tuple(rays.shape)} and {tuple(rays_inverse.shape)}")
+        raise ValueError(
+            f"{what}: expected ray matrices and inverses of one shape, found {tuple(rays.shape)} and {tuple(rays_inverse.shape)}"
+        )
     matrices = {"rays": _rays(what, rays, B, N), "rays_inverse": _rays(what, rays_inverse, B, N)}
-    flat = {"q": rows(q_BNC, f"{what} q"), "k": matching_rows(k_BNC, (B, N, C), f"{what} k"), "v": matching_rows(v_BNC, (B, N, C), f"{what} v")}
+    flat = {
+        "q": rows(q_BNC, f"{what} q"),
+        "k": matching_rows(k_BNC, (B, N, C), f"{what} k"),
+        "v": matching_rows(v_BNC, (B, N, C), f"{what} v"),
+    }
     fp8 = q_scale is not None
     dtype = torch.float8_e4m3fn if fp8 else q_BNC.dtype
     out = {f"{name}_out": torch.empty(B, N, heads, D, dtype=q_BNC.dtype if name == "v" else dtype, device=q_BNC.device) for name in flat}
@@ -192,6 +235,14 @@ def fp8_values_transposed(v_BNHD: Tensor, scale: Tensor) -> Tensor:
     padded = -(-N // 16) * 16
     out = torch.empty(B, H, D, padded, dtype=torch.float8_e4m3fn, device=v_BNHD.device)
     variant = plans.transpose_values(type_name(v_BNHD, what), H, D)
-    arguments = {"v": v_BNHD, "v_row": v_BNHD.stride(1), "v_batch": v_BNHD.stride(0), "scale": scale, "out": out, "TOKENS": N, "out_row": padded}
+    arguments = {
+        "v": v_BNHD,
+        "v_row": v_BNHD.stride(1),
+        "v_batch": v_BNHD.stride(0),
+        "scale": scale,
+        "out": out,
+        "TOKENS": N,
+        "out_row": padded,
+    }
     launch(variant, arguments, BATCH=B)
     return out[..., :N]

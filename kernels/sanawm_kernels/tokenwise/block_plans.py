@@ -17,7 +17,16 @@ def power_of_two(n: int, least: int = 1) -> int:
 
 @cache
 def depthwise_glu(
-    kind: str, weight: str, height: int, width: int, gated: int, *, keep: bool = True, quant: str | None = None, swizzled: bool = False, native: bool = False
+    kind: str,
+    weight: str,
+    height: int,
+    width: int,
+    gated: int,
+    *,
+    keep: bool = True,
+    quant: str | None = None,
+    swizzled: bool = False,
+    native: bool = False,
 ) -> KernelVariant:
     """Depthwise 3x3 with gated linear unit; `gated` is G, half the input's width, `weight` the dtype of taps and bias."""
     entries: dict[str, str | None] = {"x": pointer(kind), "x_row": stride(gated), "taps": pointer(weight), "bias": pointer(weight)}
@@ -29,7 +38,9 @@ def depthwise_glu(
         name=f"tokenwise.depthwise_glu.{height}x{width}.g{gated}.{kind}{quant_name(quant, swizzled, keep)}",
         kernel="sanawm_kernels.tokenwise.depthwise:depthwise_glu",
         signature=signature,
-        constexprs=absent | tiles | {"H": height, "W": width, "G": gated, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native},
+        constexprs=absent
+        | tiles
+        | {"H": height, "W": width, "G": gated, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native},
         grid=("cdiv(G, BC)", "cdiv(W, BX) * cdiv(H, STRIP)", "FRAMES"),
         grid_sizes=("FRAMES",),
         num_warps=4,
@@ -48,7 +59,14 @@ def gate_tiles(kind: str, weight: str, channels: int, heads: int, tokens: int, b
     }  # fmt: skip
     signature, absent = arguments(entries)
     # 880 tokens are 55 tiles of 16.
-    constants = {"TOKENS": tokens, "C": channels, "HEADS": heads, "BH": power_of_two(heads, 16), "BS": 16, "BK": min(128, power_of_two(channels, 16))}
+    constants = {
+        "TOKENS": tokens,
+        "C": channels,
+        "HEADS": heads,
+        "BH": power_of_two(heads, 16),
+        "BS": 16,
+        "BK": min(128, power_of_two(channels, 16)),
+    }
     return KernelVariant(
         name=f"tokenwise.gate_tiles.c{channels}.h{heads}.s{tokens}.{'beta_decay' if beta else 'decay'}.{kind}",
         kernel="sanawm_kernels.tokenwise.gates:gate_tiles",
@@ -137,7 +155,8 @@ def inverse_ucpe(kind: str, heads: int, width: int, tokens: int, rays: int) -> K
         name=f"tokenwise.inverse_ucpe.h{heads}.d{width}.n{tokens}.{kind}",
         kernel=f"{HEADS}:inverse_ucpe",
         signature={
-            "x": f"*{kind}:16", "x_row": stride(heads * width), "rays": "*fp32:16", "cos": "*fp32:16", "sin": "*fp32:16", "out": f"*{kind}:16", "ROWS": "i32",
+            "x": f"*{kind}:16", "x_row": stride(heads * width), "rays": "*fp32:16", "cos": "*fp32:16", "sin": "*fp32:16",
+            "out": f"*{kind}:16", "ROWS": "i32",
         },
         constexprs=_head_constants(heads, width, tokens) | {"RAYS": rays},
         grid=("cdiv(ROWS, R)", "1", "1"),
@@ -153,7 +172,8 @@ def transpose_values(kind: str, heads: int, width: int) -> KernelVariant:
         name=f"tokenwise.transpose_values.h{heads}.d{width}.{kind}",
         kernel=f"{HEADS}:transpose_values",
         signature={
-            "v": f"*{kind}:16", "v_row": stride(heads * width), "v_batch": "i64:16", "scale": "*fp32", "out": "*fp8e4nv:16", "TOKENS": "i32", "out_row": "i32:16",
+            "v": f"*{kind}:16", "v_row": stride(heads * width), "v_batch": "i64:16", "scale": "*fp32", "out": "*fp8e4nv:16",
+            "TOKENS": "i32", "out_row": "i32:16",
         },
         constexprs={"HEADS": heads, "D": width, "P": power_of_two(width, 16), "R": 64},
         grid=("cdiv(TOKENS, R)", "HEADS", "BATCH"),

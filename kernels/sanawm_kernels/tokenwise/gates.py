@@ -41,7 +41,9 @@ def gate_tiles(
 
 
 @triton.jit
-def gate_means(partial, decay_bias, out, TILES: tl.constexpr, BT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BH: tl.constexpr):
+def gate_means(
+    partial, decay_bias, out, TILES: tl.constexpr, BT: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BH: tl.constexpr
+):
     """Grid (frames). out (frames, HEADS) float32: sum of the tiles' shares over TOKENS, plus bias; always added in the same order."""
     frame = tl.program_id(0)
     tile, head = tl.arange(0, BT), tl.arange(0, BH)

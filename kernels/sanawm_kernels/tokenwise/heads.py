@@ -35,7 +35,22 @@ def _store_head(value, out, row, head, mask, fp8_scale, HEADS: tl.constexpr, D: 
 
 
 @triton.jit
-def _rope(x, x_row, weight, out, fp8_scale, row, valid, cos, sin, R: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
+def _rope(
+    x,
+    x_row,
+    weight,
+    out,
+    fp8_scale,
+    row,
+    valid,
+    cos,
+    sin,
+    R: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    EPS: tl.constexpr,
+):
     inverse = _inverse_rms(x, x_row, row, valid, HEADS, D, P, EPS)
     channel = tl.arange(0, P)
     mask = valid[:, None] & (channel < D)[None, :]
@@ -93,7 +108,10 @@ def ucpe_heads(
     TOKENS: tl.constexpr, RAYS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, R: tl.constexpr, EPS: tl.constexpr,
     CLAMP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(ROWS, R), 3): queries, keys, values. rays, rays_inverse (RAYS, 4, 4), one set a batch where RAYS is not TOKENS; cos, sin (TOKENS, D/4)."""
+    """Grid (cdiv(ROWS, R), 3): queries, keys, values.
+
+    rays, rays_inverse (RAYS, 4, 4), one set a batch where RAYS is not TOKENS; cos, sin (TOKENS, D/4).
+    """
     row = tl.program_id(0) * R + tl.arange(0, R)
     valid = row < ROWS
     token, ray = row % TOKENS, row % RAYS

@@ -41,7 +41,9 @@ def launch(variant: KernelVariant, arguments: Mapping[str, Any], **grid_sizes: i
     kernel = _kernel(variant.kernel)
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if first.device.type == "cpu" and isinstance(kernel, triton.JITFunction):
-        raise ValueError(f"{variant.name}: expected tensors on a GPU, found them on the CPU; move them, or set TRITON_INTERPRET=1 before the first import")
+        raise ValueError(
+            f"{variant.name}: expected tensors on a GPU, found them on the CPU; move them, or set TRITON_INTERPRET=1 before the first import"
+        )
     integers = {name: value for name, value in arguments.items() if isinstance(value, int)}
     grid = variant.launch_grid({**integers, **grid_sizes})
     with torch.cuda.device_of(first):
@@ -76,7 +78,9 @@ def same(what: str, *tensors: Tensor | None) -> None:
     given = [t for t in tensors if t is not None]
     for t in given[1:]:
         if t.dtype != given[0].dtype or t.device != given[0].device:
-            raise ValueError(f"{what}: expected tensors of one dtype and device, found {given[0].dtype} on {given[0].device} and {t.dtype} on {t.device}")
+            raise ValueError(
+                f"{what}: expected tensors of one dtype and device, found {given[0].dtype} on {given[0].device} and {t.dtype} on {t.device}"
+            )
 
 
 def rows(x: Tensor, what: str) -> Tensor:
@@ -86,7 +90,9 @@ def rows(x: Tensor, what: str) -> Tensor:
     try:
         return x.view(-1, x.shape[-1])
     except RuntimeError:
-        raise ValueError(f"{what}: expected evenly spaced rows, found shape {tuple(x.shape)} with strides {x.stride()}; copy the tensor first") from None
+        raise ValueError(
+            f"{what}: expected evenly spaced rows, found shape {tuple(x.shape)} with strides {x.stride()}; copy the tensor first"
+        ) from None
 
 
 def matching_rows(x: Tensor, shape: tuple[int, ...], what: str) -> Tensor:

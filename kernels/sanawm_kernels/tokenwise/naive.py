@@ -30,7 +30,12 @@ def modulate(x_BNC: Tensor, shift_BTC: Tensor, scale_BTC: Tensor, *, quantize: Q
 
 
 def residual(
-    x_BNC: Tensor, branch_BNC: Tensor | None = None, gate_BTC: Tensor | None = None, extra_BNC: Tensor | None = None, *, quantize: Quantize | None = None
+    x_BNC: Tensor,
+    branch_BNC: Tensor | None = None,
+    gate_BTC: Tensor | None = None,
+    extra_BNC: Tensor | None = None,
+    *,
+    quantize: Quantize | None = None,
 ) -> Output:
     """x + gate * branch + extra: the gate has one row a frame (1 where it is None), `extra` is the Plücker product.
 
@@ -90,7 +95,12 @@ def depthwise_glu(x_BNG: Tensor, taps_9G: Tensor, bias_G: Tensor, grid: tuple[in
 
 
 def gate_logits(
-    u_BNC: Tensor, decay_weight_HC: Tensor, decay_bias_H: Tensor, frames: int, beta_weight_HC: Tensor | None = None, beta_bias_H: Tensor | None = None
+    u_BNC: Tensor,
+    decay_weight_HC: Tensor,
+    decay_bias_H: Tensor,
+    frames: int,
+    beta_weight_HC: Tensor | None = None,
+    beta_bias_H: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """Logits of the GDN gates: write strength of each token (B, N, H) in u's dtype, decay of each frame's mean token (B, T, H) in wide precision.
 
@@ -104,10 +114,13 @@ def gate_logits(
     return F.linear(u, beta_weight_HC.to(u.dtype), beta_bias_H.to(u.dtype)).to(u_BNC.dtype), decay
 
 
-def rope_heads(q_BNC: Tensor, k_BNC: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor]:
+def rope_heads(
+    q_BNC: Tensor, k_BNC: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
     """Queries and keys of a softmax block: RMS over all channels, weight, RoPE by cos, sin (N, D/2). Returns (B, N, H, D) in the input's dtype."""
     q, k = (
-        rotary.rotate_pairs(numerics.rms_norm(x, w, eps).unflatten(-1, (heads, -1)), cos, sin).to(x.dtype) for x, w in ((q_BNC, q_norm), (k_BNC, k_norm))
+        rotary.rotate_pairs(numerics.rms_norm(x, w, eps).unflatten(-1, (heads, -1)), cos, sin).to(x.dtype)
+        for x, w in ((q_BNC, q_norm), (k_BNC, k_norm))
     )
     return q, k
 
@@ -131,7 +144,9 @@ def ucpe_heads(
 
     rays, rays_inverse (B or 1, N, 4, 4); cos, sin (N, D/4). Returns (B, N, H, D) in the input's dtype.
     """
-    split = [x.unflatten(-1, (heads, -1)) for x in (numerics.rms_norm(q_BNC, q_norm, eps), numerics.rms_norm(k_BNC, k_norm, eps), wide(v_BNC))]
+    split = [
+        x.unflatten(-1, (heads, -1)) for x in (numerics.rms_norm(q_BNC, q_norm, eps), numerics.rms_norm(k_BNC, k_norm, eps), wide(v_BNC))
+    ]
     matrices = (rays.transpose(-1, -2), rays_inverse, rays_inverse)
     turned = [rotary.ucpe(x, matrix, cos, sin) for x, matrix in zip(split, matrices)]
     if clamp:

@@ -43,7 +43,9 @@ def stride(channels: int) -> str:
 
 def arguments(entries: dict[str, str | None]) -> tuple[dict[str, str], dict[str, None]]:
     """Signature of the present operands, and None constants for the absent ones."""
-    return {name: kind for name, kind in entries.items() if kind is not None}, {name: None for name, kind in entries.items() if kind is None}
+    return {name: kind for name, kind in entries.items() if kind is not None}, {
+        name: None for name, kind in entries.items() if kind is None
+    }
 
 
 def quant_entries(quant: str | None) -> dict[str, str | None]:
@@ -81,8 +83,12 @@ def update_rows(
     native: bool = False,
     eps: float = 1e-6,
 ) -> KernelVariant:
-    """Residual update, modulation, quantization of rows; `modulation` is the dtype of gate, shift and scale, `keep` stores the plain result."""
+    """Residual update, modulation, quantization of rows.
+
+    `tokens` rows share a row of gate, shift and scale, whose dtype is `modulation`; `keep` stores the plain result.
+    """
     stream = branch or extra
+    framed = gate or modulate
     entries: dict[str, str | None] = {"x": pointer(kind), "x_row": stride(channels)}
     for name, present, dtype in (("branch", branch, kind), ("gate", gate, modulation), ("extra", extra, kind)):
         entries |= {name: pointer(dtype if present else None), f"{name}_row": stride(channels) if present else None}
@@ -92,10 +98,20 @@ def update_rows(
     entries |= quant_entries(quant)
     signature, absent = arguments(entries)
     c0, c1 = cover(channels)
-    constants = {"TOKENS": tokens, "C": channels, "C0": c0, "C1": c1, "EPS": eps, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native}
+    constants = {
+        "TOKENS": tokens if framed else 1,
+        "C": channels,
+        "C0": c0,
+        "C1": c1,
+        "EPS": eps,
+        "QUANT": QUANT_CODES[quant],
+        "SWIZZLED": swizzled,
+        "NATIVE": native,
+    }
     parts = [name for name, on in (("gated", gate), ("branch", branch and not gate), ("extra", extra), ("modulate", modulate)) if on]
     return KernelVariant(
-        name=f"tokenwise.rows.c{channels}.{'_'.join(parts) or 'quantize'}.{kind}{quant_name(quant, swizzled, keep and modulate)}",
+        name=f"tokenwise.rows.c{channels}{f'.s{tokens}' if framed else ''}.{'_'.join(parts) or 'quantize'}.{kind}"
+        f"{quant_name(quant, swizzled, keep and modulate)}",
         kernel=f"{ROWS}:update_rows",
         signature=signature,
         constexprs=absent | constants,
@@ -110,7 +126,14 @@ def update_rows(
 
 @cache
 def gate_rows(
-    kind: str, channels: int, *, camera: bool = True, keep: bool = True, quant: str | None = None, swizzled: bool = False, native: bool = False
+    kind: str,
+    channels: int,
+    *,
+    camera: bool = True,
+    keep: bool = True,
+    quant: str | None = None,
+    swizzled: bool = False,
+    native: bool = False,
 ) -> KernelVariant:
     """Output gate of the sum of branches."""
     entries: dict[str, str | None] = {"main": pointer(kind), "main_row": stride(channels)}
@@ -137,7 +160,7 @@ def norm_rows(kind: str, weight: str, channels: int, eps: float) -> KernelVarian
     """Root-mean-square norm of rows; `weight` is the dtype of the weight."""
     c0, c1 = cover(channels)
     return KernelVariant(
-        name=f"tokenwise.rms_norm.c{channels}.{kind}",
+        name=f"tokenwise.rms_norm.c{channels}.eps{round(1 / eps)}.{kind}",
         kernel=f"{ROWS}:norm_rows",
         signature={"x": f"*{kind}:16", "x_row": stride(channels), "weight": f"*{weight}:16", "out": f"*{kind}:16"},
         constexprs={"C": channels, "C0": c0, "C1": c1, "EPS": eps},

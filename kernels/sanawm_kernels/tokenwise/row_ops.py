@@ -43,7 +43,14 @@ def _frame_rows(x_BTC: Tensor, frames: int, channels: int, what: str) -> Tensor:
 
 
 def _update(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, extra: Tensor | None, shift: Tensor | None, scale: Tensor | None, request: Quantize | None, what: str
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    extra: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    request: Quantize | None,
+    what: str,
 ) -> tuple[Tensor | None, Output]:
     if x.dim() != 3:
         raise ValueError(f"{what}: expected x of shape (B, N, C), found {tuple(x.shape)}")
@@ -88,7 +95,12 @@ def modulate(x_BNC: Tensor, shift_BTC: Tensor, scale_BTC: Tensor, *, quantize: Q
 
 
 def residual(
-    x_BNC: Tensor, branch_BNC: Tensor | None = None, gate_BTC: Tensor | None = None, extra_BNC: Tensor | None = None, *, quantize: Quantize | None = None
+    x_BNC: Tensor,
+    branch_BNC: Tensor | None = None,
+    gate_BTC: Tensor | None = None,
+    extra_BNC: Tensor | None = None,
+    *,
+    quantize: Quantize | None = None,
 ) -> Output:
     """See `naive.residual`."""
     if branch_BNC is None and (extra_BNC is None or gate_BTC is not None):

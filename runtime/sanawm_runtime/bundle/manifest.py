@@ -15,12 +15,14 @@ from sanawm_runtime.bundle.paths import check_collisions, check_path
 from sanawm_runtime.bundle.strict_json import decode, parse_json
 
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "signature.json"
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 Engine = Literal["onnxruntime", "tensorrt_rtx", "tensorrt", "cuda"]
 Dtype = Literal["float32", "float16", "bfloat16", "float8_e4m3fn", "float4_e2m1", "int64", "int32", "int8", "uint8", "bool"]
 
+_MOST, _MOST_LAYERS = 2**20, 1024
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CAPABILITY = re.compile(r"sm_[0-9]{2,3}")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*", re.ASCII)
@@ -152,12 +154,14 @@ def _check(manifest: Manifest, what: str) -> None:
             f"{what}.created: expected a UTC time like 2026-11-23T06:00:00Z, found {manifest.created[:40]!r}; rebuild the bundle"
         ) from None
     _check_target(manifest.target, f"{what}.target")
+    _check_sizes(manifest.config, f"{what}.config")
     if manifest.checkpoint.sha256 is not None:
         _check_hash(manifest.checkpoint.sha256, f"{what}.checkpoint.sha256")
     for path, entry in manifest.files.items():
         check_path(path, f"{what}.files")
-        if path.lower() == MANIFEST_NAME:
-            raise BundleError(f"{what}.files: lists the manifest itself; rebuild the bundle")
+        if path.lower() in (MANIFEST_NAME, SIGNATURE_NAME):
+            own = "the manifest itself" if path.lower() == MANIFEST_NAME else "its signature"
+            raise BundleError(f"{what}.files: lists {own}; rebuild the bundle")
         if entry.size < 0:
             raise BundleError(f"{what}.files.{path}.size: expected a size in bytes, found {entry.size}; rebuild the bundle")
         _check_hash(entry.sha256, f"{what}.files.{path}.sha256")
@@ -170,6 +174,20 @@ def _check(manifest: Manifest, what: str) -> None:
             raise BundleError(f"{where}.file: {program.file[:80]!r} is not among the manifest's files; rebuild the bundle")
         _check_tensors(program.inputs, f"{where}.inputs")
         _check_tensors(program.outputs, f"{where}.outputs")
+
+
+def _check_sizes(config: Any, where: str) -> None:
+    # Far beyond any model, and small enough that a table of programs made from a hostile manifest stays a table.
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{where}.{field.name}"
+        if dataclasses.is_dataclass(value):
+            _check_sizes(value, name)
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and not 0 <= number <= (_MOST_LAYERS if "layers" in field.name or field.name == "depth" else _MOST):
+                raise BundleError(f"{name}: {number:,} is not a size that a model has; rebuild the bundle")
+        if isinstance(value, tuple) and len(value) > _MOST_LAYERS:
+            raise BundleError(f"{name}: {len(value):,} entries are more than a model has; rebuild the bundle")
 
 
 def _check_target(target: TargetEntry, where: str) -> None:

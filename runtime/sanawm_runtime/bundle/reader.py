@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from sanawm.errors import BundleError
-from sanawm_runtime.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, TargetEntry, parse_manifest
+from sanawm_runtime.bundle.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, FileEntry, Manifest, TargetEntry, parse_manifest
 from sanawm_runtime.bundle.paths import open_inside
 
 State = Literal["ok", "changed", "missing", "extra"]
@@ -59,12 +59,15 @@ class Bundle:
         path: str | os.PathLike[str],
         *,
         verify: Literal["sizes", "full", "manifest"] = "sizes",
+        manifest_check: Callable[[Path, bytes], None] | None = None,
         target_check: Callable[[TargetEntry], None] | None = None,
         progress: Progress | None = None,
     ) -> Bundle:
         """Open the bundle at `path`, cheap failures first: present, schema, target, sizes, then hashes if `verify` is "full".
 
-        "manifest" looks at no file, for a caller that wants `verify`'s report of a damaged bundle. `target_check` gets the manifest's target and raises BundleError if this machine cannot run it (see `targets.check_target`). With
+        "manifest" looks at no file, for a caller that wants `verify`'s report of a damaged bundle. `manifest_check` gets the root and the
+        manifest's bytes before anything else looks at them and raises BundleError to refuse them (see `sign.signature_check`).
+        `target_check` gets the manifest's target and raises BundleError if this machine cannot run it (see `targets.check_target`). With
         "sizes" nothing is trusted unseen either: `read` and `open_verified` hash what they hand out. Raises BundleError.
         """
         root = Path(path)
@@ -73,6 +76,8 @@ class Bundle:
         if not os.path.isdir(root):
             raise BundleError(f"bundle {root}: is a file, and a bundle is a directory with a {MANIFEST_NAME}; give the directory")
         data = _read_manifest(root)
+        if manifest_check is not None:
+            manifest_check(root, data)
         manifest = parse_manifest(data, str(root / MANIFEST_NAME))
         if target_check is not None:
             target_check(manifest.target)
@@ -167,7 +172,7 @@ class Bundle:
             links = [name for name in subfolders if os.path.islink(os.path.join(folder, name))]
             for name in names + links:
                 path = Path(folder, name).relative_to(self.root).as_posix()
-                if path != MANIFEST_NAME and path not in self.manifest.files:
+                if path not in (MANIFEST_NAME, SIGNATURE_NAME) and path not in self.manifest.files:
                     extras.append(path)
         return extras
 

@@ -17,7 +17,13 @@ def _onnxruntime(bundle: Bundle, threads: int | None) -> Engine:
     return OnnxRuntimeEngine(bundle, threads)
 
 
-_ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"onnxruntime": _onnxruntime}
+def _cuda(bundle: Bundle, threads: int | None) -> Engine:
+    from sanawm_runtime.engines.cuda import CudaEngine
+
+    return CudaEngine(bundle)
+
+
+_ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"onnxruntime": _onnxruntime, "cuda": _cuda}
 
 
 def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:

@@ -12,7 +12,10 @@ from sanawm.programs import TensorSpec
 
 
 class Buffer:
-    """A tensor that lives where the engine computes. Engines derive their own kind; sessions only pass it around."""
+    """A tensor that lives where the engine computes. Engines derive their own kind; sessions only pass it around.
+
+    Its memory is given back when the last reference to it goes.
+    """
 
     def __init__(self, spec: TensorSpec) -> None:
         self.spec = spec
@@ -21,9 +24,13 @@ class Buffer:
 class Engine(ABC):
     """Runs programs on buffers bound by name.
 
-    Calls on one engine are made by one thread at a time; `run` may return before the device is done, `read` waits. bfloat16 tensors are
-    float32 arrays on the host side and are rounded on the way in.
+    Calls on one engine are made by one thread at a time, but not always by the same; `run` may return before the device is done, `read`
+    waits. bfloat16 tensors are float32 arrays on the host side and are rounded on the way in.
     """
+
+    def activate(self) -> None:
+        """Called at the start of a turn in the thread that makes its calls, for engines that keep state of a thread (a CUDA context)."""
+        return
 
     @abstractmethod
     def allocate(self, spec: TensorSpec) -> Buffer:
@@ -52,6 +59,10 @@ class Engine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give everything back. Further calls raise EngineError."""
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy a buffer into another one of the same spec, bit for bit."""
+        self.write(target, self.read(source))
 
     def euler(self, latents: Buffer, velocity: Buffer, size: float, keep_first: bool) -> None:
         """latents -= size * velocity in float32, rounded to the latents' dtype; with `keep_first` frame 0 stays bit-identical."""

@@ -51,7 +51,10 @@ class _CpuBuffer(Buffer):
         super().__init__(spec)
         if spec.dtype not in _STORAGE:
             raise EngineError(f"ONNX Runtime's CPU provider cannot hold {spec.name} in {spec.dtype}; build the bundle with --precision fp32 or bf16")
-        self.array: NDArray[Any] = np.empty(spec.shape, _STORAGE[spec.dtype])
+        try:
+            self.array: NDArray[Any] = np.empty(spec.shape, _STORAGE[spec.dtype])
+        except (MemoryError, ValueError) as error:
+            raise EngineError(f"{spec.name} needs {spec.nbytes / 1e9:.1f} GB, which this machine does not have free; close other streams") from error
         value = library.OrtValue
         if spec.dtype == "bfloat16":
             self.value = value.ortvalue_from_numpy_with_onnx_type(self.array, _ONNX_BFLOAT16)
@@ -94,7 +97,8 @@ class OnnxRuntimeEngine(Engine):
         weights = str(entry.extras.get("weights", ""))
         options = self._library.SessionOptions()
         options.use_per_session_threads = False
-        options.log_severity_level = 3
+        # Its failures come as exceptions with the same words.
+        options.log_severity_level = 4
         if weights:
             if weights not in self._weights:
                 self._weights[weights] = self._bundle.open_verified(weights)
@@ -103,7 +107,8 @@ class OnnxRuntimeEngine(Engine):
         try:
             self._sessions[program] = self._library.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the library's exceptions share no narrower base
-            raise EngineError(f"ONNX Runtime {self._library.__version__} cannot load {entry.file}: {_first_line(error)}; rebuild the bundle") from error
+            version = self._library.__version__
+            raise EngineError(f"ONNX Runtime {version} cannot load {entry.file}: {_first_line(error)}; rebuild the bundle") from error
 
     def run(self, program: str, buffers: Mapping[str, Buffer]) -> None:
         self.load(program)

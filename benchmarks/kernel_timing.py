@@ -1,0 +1,180 @@
+"""Timing of kernels on one GPU, and the JSON files that hold the results."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FLUSH_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to be: how to make the calls, and the work they must do.
+
+    prepare() returns the call under test and its peers by name; inputs are fresh random numbers each time it is called. bytes: memory traffic that
+    no implementation avoids; flops: arithmetic, of `kind` ("bf16", "fp8"); includes: what the time covers.
+    """
+
+    name: str
+    prepare: Callable[[], tuple[Callable[[], Any], dict[str, Callable[[], Any]]]]
+    bytes: int
+    flops: int = 0
+    kind: str = "bf16"
+    includes: str = "one launch"
+    needs: int = 80
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds over n runs."""
+
+    median: float
+    least: float
+    most: float
+    n: int
+
+
+def measure(call: Callable[[], Any], n: int = 60) -> Timing:
+    """Time of `call` replayed as a CUDA graph, with the second-level cache overwritten before every run; n >= 50."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(n + 10):
+        flush.random_(0, 255)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    times = times[10:]
+    return Timing(statistics.median(times), min(times), max(times), n)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a large device copy, read and write counted."""
+    source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (measure(lambda: target.copy_(source)).median * 1e-6)
+
+
+def peak_flops(kind: str) -> float:
+    """FLOP/s of a large square product through cuBLASLt, the practical peak that floors are computed from."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    if kind == "bf16":
+        time = measure(lambda: a @ b.t())
+    else:
+        one = torch.ones((), device="cuda")
+        x, y = a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)
+        time = measure(lambda: torch._scaled_mm(x, y.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True))
+    return float(2 * size**3 / (time.median * 1e-6))
+
+
+def run(cases: Sequence[Case], notes: str) -> dict[str, Any]:
+    """Time all cases that this GPU can run; the object that a results file holds."""
+    major, minor = torch.cuda.get_device_capability()
+    bandwidth = copy_bandwidth()
+    peaks: dict[str, float] = {}
+    rows = []
+    for case in cases:
+        if major * 10 + minor < case.needs:
+            continue
+        if case.flops and case.kind not in peaks:
+            peaks[case.kind] = peak_flops(case.kind)
+        call, peers = case.prepare()
+        time = measure(call)
+        timed = {name: measure(peer) for name, peer in peers.items()}
+        best = min(timed, key=lambda name: timed[name].median) if timed else None
+        floor = max(case.bytes / bandwidth, case.flops / peaks[case.kind] if case.flops else 0.0) * 1e6
+        rows.append(
+            {
+                "case": case.name, "metric": "time", "value": time.median, "unit": "us", "min": time.least, "max": time.most, "n": time.n,
+                "floor": floor, "peer": best, "peer_value": timed[best].median if best else None, "includes": case.includes,
+                "peers": {name: t.median for name, t in timed.items()}, **case.extra,
+            }
+        )  # fmt: skip
+        print(
+            f"{case.name:48s} {time.median:9.1f} us  floor {floor:8.1f}  " + "  ".join(f"{k} {t.median:.1f}" for k, t in timed.items()),
+            flush=True,
+        )
+        torch.cuda.empty_cache()
+    return {**environment(), "notes": notes, "copy_bytes_per_s": bandwidth, "peak_flops": peaks, "rows": rows}
+
+
+def environment() -> dict[str, Any]:
+    """Hardware, driver, versions, commit and date."""
+    import triton
+
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=True
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "hardware": torch.cuda.get_device_name(),
+        "driver": driver.stdout.split()[0],
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "commit": commit.stdout.strip() or None,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a results file, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        json.dump(result, file, indent=1)
+        file.write("\n")
+    os.replace(temporary, path)
+
+
+def main(subject: str, cases: Callable[[], Sequence[Case]], notes: str, propose: Callable[[], None] | None = None) -> None:
+    """Command line of a benchmark script."""
+    parser = argparse.ArgumentParser(description=notes)
+    parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/<hardware>-<subject>.json)")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--dry-run", action="store_true", help="list the cases and their minimal work; needs no GPU")
+    if propose is not None:
+        parser.add_argument("--propose", action="store_true", help="time candidate tiles and print rows for the tuning table")
+    options = parser.parse_args()
+    chosen = [case for case in cases() if options.only in case.name]
+    if options.dry_run:
+        for case in chosen:
+            print(
+                f"{case.name:48s} {case.bytes / 1e6:9.2f} MB  {case.flops / 1e9:9.2f} GFLOP {case.kind:5s} sm_{case.needs}+  {case.includes}"
+            )
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: run this on the GPU to be measured, or list the cases with --dry-run")
+    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
+    if propose is not None and options.propose:
+        propose()
+        return
+    result = run(chosen, notes)
+    hardware = result["hardware"].lower().replace("nvidia ", "").replace(" ", "-")
+    path = options.out or ROOT / "benchmarks" / "results" / f"{hardware}-{subject}.json"
+    write(path, result)
+    print(path)

@@ -1,0 +1,1 @@
+"""Programs lowered to launches of this project's kernels: the CUDA engine's build."""

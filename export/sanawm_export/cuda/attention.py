@@ -1,0 +1,190 @@
+"""Self-attention of both block kinds and cross-attention on the tape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sanawm.config import DiTConfig
+from sanawm_export.cuda.context import Context, Rows
+from sanawm_export.cuda.products import parts_of_squares, product
+from sanawm_export.cuda.tape import row_stride
+from sanawm_export.cuda.tokens import decay_logits
+from sanawm_kernels.attention import plans
+from sanawm_kernels.attention.table import tile
+from sanawm_kernels.gdn import plans as gdn
+from sanawm_kernels.gdn.workspace import scratch
+from sanawm_kernels.tokenwise import block_plans
+from sanawm_runtime.engines._cuda_plan import View
+
+NORM_EPS = gdn.NORM_EPS
+CROSS_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Slices of a block's merged projection (M, W), in place: main and camera q, k, v, the output gate, the write-strength logits."""
+
+    all: View
+    config: DiTConfig
+
+    def part(self, index: int) -> View:
+        """0..2 main q, k, v; 3..5 camera q, k, v; 6 output gate."""
+        return self.all.narrow(1, index * self.config.hidden, self.config.hidden)
+
+    @property
+    def beta(self) -> View:
+        return self.all.narrow(1, 7 * self.config.hidden, self.config.heads)
+
+
+@dataclass(frozen=True)
+class Past:
+    """State that a chunk reads in one block, by field, oldest first: empty, one chunk's, or the sink's attention fields and the last chunk's."""
+
+    chunks: tuple[dict[str, View], ...] = ()
+
+    @property
+    def last(self) -> dict[str, View] | None:
+        return self.chunks[-1] if self.chunks else None
+
+
+def gdn_attention(
+    ctx: Context, block: str, u: Rows, merged: Merged, camera: dict[str, View], frames: int, past: Past, new: dict[str, View] | None
+) -> tuple[View, View]:
+    """Both branches of a gated delta network in four launches, (main, camera) (M, C) each; with `new` its state is written."""
+    c, tape = ctx.config, ctx.tape
+    M, C = merged.all.shape[0], c.hidden
+    logits = decay_logits(ctx, "decay", u.values, block, frames)
+    precision = "bf16" if ctx.kind == "bf16" else "ieee"
+    problem = gdn.Problem(
+        1, c.heads, c.head_dim, frames, c.tokens_per_frame, c.key_scale, kind=ctx.kind, weight_kind=ctx.kind, gate_kind=ctx.kind, precision=precision,
+        has_state=past.last is not None, commit=new is not None, clamp=c.rms_clamp, camera_carry=c.camera_conv_tail,
+    )  # fmt: skip
+    settings = gdn.row(problem, "summarize", ctx.target).settings
+    bindings: dict[str, Any] = {
+        "beta": merged.beta, "beta_row": row_stride(merged.beta), "beta_batch": M * row_stride(merged.beta), "decay_logits": logits,
+        "A_log": ctx.weight(f"{block}.A_log"), "dt_bias": ctx.weight(f"{block}.dt_bias"),
+        "rays": camera["rays"], "rays_inverse": camera["rays_inverse"], "rays_batch": 0,
+        "cos": camera["cos"], "sin": camera["sin"], "camera_cos": camera["cam_cos"], "camera_sin": camera["cam_sin"],
+    }  # fmt: skip
+    bindings |= _gdn_state(past.last, new)
+    writes = {name for name in bindings if name.endswith("_out")}
+    with tape.group():
+        shapes = scratch(1, c.heads, frames, c.tokens_per_frame, c.head_dim, ctx.dtype, precision, settings)
+        needed = set().union(*(variant.signature for variant in gdn.plan(problem, ctx.target)))
+        bindings |= {name: ctx.tensor(f"gdn.{name}", *shape, dtype=dtype) for name, (shape, dtype) in shapes.items() if name in needed}
+        outputs = {}
+        for branch, first, suffix in (("main", 0, ""), ("camera", 3, "_cam")):
+            q, k, v = (merged.part(first + i) for i in range(3))
+            outputs[branch] = out = ctx.tensor(branch, M, C)
+            bindings |= {f"{branch}_{n}": view for n, view in (("q", q), ("k", k), ("v", v), ("out", out))}
+            bindings |= {f"{branch}_row": row_stride(q), f"{branch}_batch": M * row_stride(q)}
+            bindings |= {f"{branch}_out_row": row_stride(out), f"{branch}_out_batch": M * row_stride(out)}
+            bindings |= {f"{branch}_conv": ctx.weight(f"{block}.conv_k{suffix}")}
+            bindings |= {f"{branch}_{n}": ctx.weight(f"{block}.{n}{suffix}") for n in ("q_norm", "k_norm")}
+        writes |= {"main_out", "camera_out"}
+        D, H = c.head_dim, c.heads
+        # Multiplications and additions of the two phases with products (main, camera and normaliser; states to queries).
+        work = {"summarize": 2 * 5 * M * H * D * D, "combine": 2 * 7 * frames * H * D**3, "apply": 2 * 2 * M * H * D * D}
+        for variant, phase in zip(gdn.plan(problem, ctx.target), ("prepare", "summarize", "combine", "apply")):
+            written = writes | set(_WRITTEN[phase])
+            unit = "tf32" if phase == "combine" and ctx.kind == "bf16" else ctx.kind
+            tape.launch(f"gdn.{phase}", variant, bindings, written, flops=work.get(phase, 0), unit=unit)
+    return outputs["main"], outputs["camera"]
+
+
+# Scratch tensors that each phase fills.
+_WRITTEN = {
+    "prepare": ("keys", "q_scale", "k_scale"),
+    "summarize": ("gram", "update", "column", "inflation"),
+    "combine": ("later", "later_z", "applied", "applied_scale", "applied_z"),
+    "apply": (),
+}
+
+
+def _gdn_state(old: dict[str, View] | None, new: dict[str, View] | None) -> dict[str, Any]:
+    fields = {"main_state": "s", "z": "z", "camera_state": "s_cam", "main_tail": "k_tail", "camera_tail": "cam_tail"}
+    bindings: dict[str, Any] = {}
+    if new is not None:
+        bindings |= {f"{name}_out": new[field] for name, field in fields.items()}
+    if old is not None:
+        bindings |= {f"{name}_in": old[field] for name, field in fields.items()}
+        bindings |= {"main_tail": old["k_tail"], "camera_tail": old["cam_tail"]}
+    return bindings
+
+
+def softmax_attention(
+    ctx: Context, block: str, merged: Merged, camera: dict[str, View], past: Past, new: dict[str, View] | None
+) -> tuple[View, View]:
+    """Both branches of softmax attention over the window, (main, camera) (M, C) each; keys and values of a committed chunk go to `new`."""
+    c, tape = ctx.config, ctx.tape
+    M, H, D = merged.all.shape[0], c.heads, c.head_dim
+    kept = new or {}
+
+    def heads(name: str) -> View:
+        target = kept.get(name)
+        return ctx.tensor(name, M, H * D) if target is None else target.reshape(M, H * D)
+
+    q, k, v = (merged.part(i) for i in range(3))
+    turned = {"q": ctx.tensor("q", M, H * D), "k": heads("k")}
+    norms = {n: ctx.weight(f"{block}.{n}") for n in ("q_norm", "k_norm")}
+    bindings: dict[str, Any] = {
+        "q": q, "q_row": row_stride(q), "k": k, "k_row": row_stride(k), **norms, "cos": camera["cos"], "sin": camera["sin"],
+        "q_out": turned["q"], "k_out": turned["k"], "ROWS": M,
+    }  # fmt: skip
+    tape.launch("rope", block_plans.rope_heads(ctx.kind, ctx.kind, H, D, M, NORM_EPS), bindings, ("q_out", "k_out"))
+    if new is not None:
+        tape.copy("values", v, kept["v"].reshape(M, H * D))
+    cam_q, cam_k, cam_v = (merged.part(i) for i in range(3, 6))
+    turned |= {"cam_q": ctx.tensor("cam_q", M, H * D), "cam_k": heads("cam_k"), "cam_v": heads("cam_v")}
+    norms = {n: ctx.weight(f"{block}.{n}_cam") for n in ("q_norm", "k_norm")}
+    bindings = {
+        "q": cam_q, "q_row": row_stride(cam_q), "k": cam_k, "k_row": row_stride(cam_k), "v": cam_v, "v_row": row_stride(cam_v), **norms,
+        "rays": camera["rays"], "rays_inverse": camera["rays_inverse"], "cos": camera["cam_cos"], "sin": camera["cam_sin"],
+        "q_out": turned["cam_q"], "k_out": turned["cam_k"], "v_out": turned["cam_v"], "ROWS": M,
+    }  # fmt: skip
+    variant = block_plans.ucpe_heads(ctx.kind, ctx.kind, H, D, M, M, NORM_EPS, c.rms_clamp)
+    tape.launch("ucpe", variant, bindings, ("q_out", "k_out", "v_out"))
+    own = ({"k": turned["k"], "v": v}, {"k": turned["cam_k"], "v": turned["cam_v"]})
+    main = _window(ctx, "main", turned["q"], [(p["k"], p["v"]) for p in past.chunks] + [(own[0]["k"], own[0]["v"])], c.main_scale, None)
+    windows = [(p["cam_k"], p["cam_v"]) for p in past.chunks] + [(own[1]["k"], own[1]["v"])]
+    return main, _window(ctx, "camera", turned["cam_q"], windows, c.camera_scale, camera)
+
+
+def _window(ctx: Context, label: str, q: View, segments: list[tuple[View, View]], scale: float, ucpe: dict[str, View] | None) -> View:
+    c = ctx.config
+    M, H, D = q.shape[0], c.heads, c.head_dim
+    variant = plans.window_attention(ctx.kind, H, D, len(segments), tile("window", ctx.target, ctx.kind), ucpe=ucpe is not None)
+    out = ctx.tensor(label, M, H * D)
+    bindings: dict[str, Any] = {"q": q, "q_row": row_stride(q), "q_batch": M * row_stride(q), "out": out, "N": M, "softmax_scale": scale}
+    keys = 0
+    for i, (k, v) in enumerate(segments):
+        n = k.shape[1] if len(k.shape) == 4 else k.shape[0]
+        k, v = (x.reshape(n, H * D) if len(x.shape) == 4 else x for x in (k, v))
+        bindings |= {f"k{i}": k, f"k{i}_row": row_stride(k), f"k{i}_batch": n * row_stride(k)}
+        bindings |= {f"v{i}": v, f"v{i}_row": row_stride(v), f"v{i}_batch": n * row_stride(v), f"n{i}": n}
+        keys += n
+    if ucpe is not None:
+        bindings |= {"rays": ucpe["rays"], "cos": ucpe["cam_cos"], "sin": ucpe["cam_sin"]}
+    ctx.tape.launch(f"{label}.attend", variant, bindings, ("out",), flops=4 * M * keys * H * D, unit=ctx.kind, BATCH=1)
+    return out
+
+
+def cross_attention(ctx: Context, block: str, x: Rows, keys: View, values: View, mask: View) -> View:
+    """Attention of the residual stream to the caption, before its output projection, (M, C)."""
+    c = ctx.config
+    H, D = c.cross_heads, c.hidden // c.cross_heads
+    M, L = (x.plain or x.codes).shape[0], mask.shape[1]  # type: ignore[union-attr]
+    parts = parts_of_squares(ctx, f"{block}.cross_q", c.hidden)
+    squares = ctx.tensor("cross.squares", M, parts, dtype="float32")
+    q = product(ctx, "cross.q", f"{block}.cross_q", x, squares=squares).values
+    k, v = (t.reshape(L, H * D) for t in (keys, values))
+    variant = plans.cross_attention(ctx.kind, ctx.kind, H, D, CROSS_NORM_EPS, tile("cross", ctx.target, ctx.kind), parts=parts)
+    out = ctx.tensor("cross.attend", M, c.hidden)
+    bindings: dict[str, Any] = {
+        "q": q, "q_row": row_stride(q), "q_batch": M * row_stride(q), "k": k, "k_row": row_stride(k), "k_batch": L * row_stride(k),
+        "v": v, "v_row": row_stride(v), "v_batch": L * row_stride(v), "mask": mask, "q_norm": ctx.weight(f"{block}.cross_q_norm"),
+        "squares": squares, "out": out, "N": M, "L": L, "softmax_scale": D**-0.5,
+    }  # fmt: skip
+    ctx.tape.launch("cross.attend", variant, bindings, ("out",), flops=4 * M * L * c.hidden, unit=ctx.kind, BATCH=1)
+    return out

@@ -1,0 +1,203 @@
+"""Bundles for the CUDA engine: launch plans, compiled kernels, packed weights."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sanawm.errors import UserError
+from sanawm.programs import Geometry, Program, TensorSpec, programs
+from sanawm.schedule import first_chunk_frames
+from sanawm_export.build import BuildRequest, Progress, add_prompt, manifest_of, open_prompt, program_entry
+from sanawm_export.bundle_writer import BundleWriter
+from sanawm_export.cuda.formats import ASSUMED_AMAX, formats_for
+from sanawm_export.cuda.lower import dit_weights, lower_euler, lower_part_decoder, lower_part_dit
+from sanawm_export.cuda.tape import Lowered
+from sanawm_export.cuda.vae_weights import DecoderWeights
+from sanawm_kernels.aot import compile as compiler
+from sanawm_kernels.aot.build import cache_directory
+from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_runtime.bundle import Bundle, PrecisionEntry, ProgramEntry
+from sanawm_runtime.engines._cuda_pack import Packed, Read
+
+KERNEL_INDEX = "kernels/index.json"
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
+# Compiled with this version of PTX, kernels load on drivers since CUDA 12.8.
+PTX_VERSION = 87
+_NVFP4_CAPABILITIES = ("sm_120", "sm_121")
+
+
+def build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
+    """Write a bundle of the transformer's and the decoder's programs for one architecture; needs no GPU.
+
+    The bundle holds `prompt_kv`, `camera*`, `denoise_*`, `commit_*`, `decode*` and the Euler step; the encoders are not among them. Raises
+    UserError; leaves a whole bundle at `out` or what was there.
+    """
+    request.checkpoint.check()
+    prompt = open_prompt(request.checkpoint)
+
+    def add_weights(writer: BundleWriter, part: str, tensors: Sequence[Packed]) -> dict[str, Any]:
+        file = f"weights/{part}.safetensors"
+        write_packed(writer, file, tensors, _reader(request, part))
+        return {"file": file}
+
+    def add_more(writer: BundleWriter) -> None:
+        add_prompt(writer, request.checkpoint)
+
+    return write_bundle(request, out, prompt.max_length, add_weights, add_more, overwrite=overwrite, progress=progress)
+
+
+def build_cuda_synthetic(
+    request: BuildRequest, out: Path, seed: int, *, overwrite: bool = False, progress: Progress | None = None
+) -> Bundle:
+    """The same without weights: the bundle names the seed, and the runtime makes the weights of the synthetic checkpoint with that seed."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"expected a seed from 0 to 2**63 - 1, found {seed}; choose another")
+    tokens = request.checkpoint.world.dit.text_tokens
+    return write_bundle(request, out, tokens, lambda *_: {"seed": seed}, lambda _: None, overwrite=overwrite, progress=progress)
+
+
+def _reader(request: BuildRequest, part: str) -> Read:
+    """Tensors of a part of the checkpoint in float32; the last few are kept, since a tensor may be packed twice."""
+    kept: dict[str, NDArray[np.float32]] = {}
+    decoder = request.checkpoint.load_vae("decoder") if part == "vae" else {}
+
+    def read(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        if name not in kept:
+            if len(kept) >= 8:
+                kept.pop(next(iter(kept)))
+            tensor = decoder[name] if part == "vae" else next(iter(request.checkpoint.iter_dit(names=[name])))[1]
+            kept[name] = tensor.float().numpy()
+        return kept[name].reshape(shape)
+
+    return read
+
+
+def write_packed(writer: BundleWriter, name: str, tensors: Sequence[Packed], read: Read) -> None:
+    """Pack every tensor into one safetensors file, one at a time."""
+    header, offset = {}, 0
+    for packed in tensors:
+        header[packed.name] = {"dtype": _SAFETENSORS[packed.dtype], "shape": list(packed.shape), "data_offsets": [offset, offset + packed.nbytes]}
+        offset += packed.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with writer.create(name) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for packed in tensors:
+            file.write(packed.make(read).reshape(-1).view(np.uint8).data)
+
+
+def capability_number(request: BuildRequest) -> int:
+    """90 for sm_90. Raises UserError for a target or precision that the engine does not serve."""
+    capability = request.target.capability
+    if capability is None:
+        raise UserError(f"the cuda engine needs a GPU target, found {request.target.name}; use --engine onnxruntime")
+    if request.precision in ("nvfp4", "mixed") and capability not in _NVFP4_CAPABILITIES:
+        served = " and ".join(_NVFP4_CAPABILITIES)
+        raise UserError(f"the cuda engine has NVFP4 kernels for {served}, and {request.target.name} is {capability}; use --precision fp8")
+    number = int(capability.removeprefix("sm_"))
+    if request.precision == "fp8" and number < 89:
+        raise UserError(f"{request.target.name} has no FP8 tensor cores; use --precision bf16")
+    return number
+
+
+AddWeights = Callable[[BundleWriter, str, Sequence[Packed]], dict[str, Any]]
+
+
+def write_bundle(
+    request: BuildRequest,
+    out: Path,
+    prompt_tokens: int,
+    add_weights: AddWeights,
+    add_more: Callable[[BundleWriter], None],
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Bundle:
+    """Lower, compile and write everything; `add_weights` writes a part's weights and says where they are, `add_more` what else belongs there."""
+    world, target = request.checkpoint.world, capability_number(request)
+    first = first_chunk_frames(request.latent_frames, world.stream.chunk_frames)
+    geometry = Geometry(world, prompt_tokens, first, "bfloat16")
+    formats = formats_for(world.dit, request.precision)
+    dit, vae = dit_weights(geometry, formats), DecoderWeights(world.vae, geometry.dtype)
+    lowered = {
+        "dit": lower_part_dit(geometry, dit, target) | lower_euler(geometry),
+        "vae": lower_part_decoder(geometry, vae, target) if world.vae.decoder_causal else {},
+    }
+    signatures = programs(geometry, ("dit", "vae")) | euler_programs(geometry)
+    entries: dict[str, ProgramEntry] = {}
+    with BundleWriter(out, overwrite=overwrite) as writer:
+        _add_kernels(writer, merged_variants(lowered["dit"] | lowered["vae"]), target, progress)
+        for part, results in lowered.items():
+            if not results:
+                continue
+            table = f"weights/{part}.json"
+            for name, result in results.items():
+                file = f"plans/{name}.json"
+                writer.add_bytes(file, result.plan.to_json())
+                extras: dict[str, object] = {"weights": table, "kernels": KERNEL_INDEX, "arena": result.plan.arena}
+                entries[name] = program_entry(signatures[name], file, extras)
+            tensors = tuple((dit if part == "dit" else vae).tensors.values())
+            document = {"tensors": [dataclasses.asdict(t) for t in tensors], **add_weights(writer, part, tensors)}
+            writer.add_bytes(table, json.dumps(document, separators=(",", ":")).encode())
+        add_more(writer)
+        summary: dict[str, Any] = {"activations": "bfloat16", "weights": "bfloat16", "products": formats.summary()}
+        unverified = [f"No kernel of this bundle has been run on {request.target.name}; code, plans and packing were checked on a CPU."]
+        if any(f.kind == "nvfp4" for f in formats.table.values()):
+            unverified.append(f"NVFP4 activations are not calibrated: their largest magnitude is taken to be {ASSUMED_AMAX:g}.")
+        return writer.finish(manifest_of(request, entries, PrecisionEntry(request.precision, summary), tuple(unverified)))
+
+
+def _add_kernels(writer: BundleWriter, variants: Mapping[str, KernelVariant], target: int, progress: Progress | None) -> None:
+    index = []
+    for done, (entry, cubin) in enumerate(compiled(variants, target), start=1):
+        writer.add_bytes(f"kernels/{entry['file']}", cubin)
+        index.append(entry)
+        if progress:
+            progress(entry["name"], done, len(variants))
+    index.sort(key=lambda entry: entry["name"])
+    writer.add_bytes(KERNEL_INDEX, json.dumps({"target": f"sm_{target}", "ptx_version": PTX_VERSION, "kernels": index}, indent=1).encode())
+
+
+def euler_programs(geometry: Geometry) -> dict[str, Program]:
+    """Signatures of the Euler step of each chunk length; `latents` are read and written."""
+    config, found = geometry.config.dit, {}
+    for frames in sorted({geometry.frames("first"), geometry.frames("steady")}):
+        shape = (1, config.in_channels, frames, config.height, config.width)
+        velocity = TensorSpec("velocity", geometry.dtype, shape, "noise minus clean latents")
+        found[f"euler.{frames}"] = Program(f"euler.{frames}", (velocity,), (TensorSpec("latents", geometry.dtype, shape, "updated in place"),))
+    return found
+
+
+def merged_variants(lowered: Mapping[str, Lowered]) -> dict[str, KernelVariant]:
+    """Kernel variants of all programs by name; ValueError where one name means two kernels."""
+    found: dict[str, KernelVariant] = {}
+    for result in lowered.values():
+        for name, variant in result.variants.items():
+            if found.setdefault(name, variant) != variant:
+                raise ValueError(f"two kernels of different programs are named {name}")
+    return found
+
+
+def compiled(variants: Mapping[str, KernelVariant], target: int, jobs: int | None = None) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Index entry and cubin of each variant, as they finish; finished ones are kept in the cache directory between builds. Raises UserError."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(min(jobs or os.cpu_count() or 1, len(variants)), context, initializer=compiler.start_worker) as pool:
+        waiting = [pool.submit(compiler.in_worker, v, target, PTX_VERSION, str(cache_directory())) for v in variants.values()]
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                cubin, entry, _ = future.result()
+                yield {**entry, "file": f"{entry['name']}.cubin"}, cubin
+        except compiler.CompileError as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise UserError(f"a kernel does not compile: {error}") from error

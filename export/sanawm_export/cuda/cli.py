@@ -1,0 +1,147 @@
+"""`sanawm plan` and `sanawm bench`: what the CUDA engine launches, with its bounds, and how long that takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from sanawm.config import preset
+from sanawm.console import json_option, print_json, stdout
+from sanawm.errors import UserError
+from sanawm.programs import Geometry
+from sanawm.schedule import chunk_grid, first_chunk_frames, latent_frames
+from sanawm_export.cuda import arena, cost
+from sanawm_export.cuda.formats import PRECISIONS, formats_for
+from sanawm_export.cuda.lower import dit_weights, lower_part_dit
+from sanawm_runtime.bundle.manifest import utc_now
+from sanawm_runtime.engines._cuda_plan import Launch, Plan
+from sanawm_runtime.targets import resolve_target
+
+
+@click.command("plan")
+@click.option("--target", default="h200", show_default=True, help="rtx5090, h200, sm_120, ...")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True)
+@click.option("--config", "size", default="full", show_default=True, help="Preset: tiny or full.")
+@click.option("--frames", default=961, show_default=True, help="Clip length 8k + 1.")
+@click.option("--program", default="denoise_steady", show_default=True, help="Program whose operations are listed.")
+@click.option("--gpu", "on", type=click.Choice(list(cost.GPUS)), help="GPU whose peaks give the floors; default: the target.")
+@click.option("--each", is_flag=True, help="Every launch instead of sums over the blocks.")
+@json_option
+def plan(target: str, precision: str, size: str, frames: int, program: str, on: str | None, each: bool, as_json: bool) -> None:
+    """Print the launch plan of a program, its memory, and projections; computed, nothing is measured."""
+    place = resolve_target(target)
+    if place.capability is None or "cuda" not in place.precisions:
+        raise UserError(f"the cuda engine does not serve {place.name}; choose a GPU such as h200 or rtx5090")
+    name = on or place.name
+    if name not in cost.GPUS:
+        raise UserError(f"the peaks of {name} are not known; choose one of {', '.join(cost.GPUS)} with --gpu")
+    world, latents = preset(size), latent_frames(frames)
+    geometry = Geometry(world, world.dit.text_tokens, first_chunk_frames(latents, world.stream.chunk_frames), "bfloat16")
+    lowered = lower_part_dit(geometry, dit_weights(geometry, formats_for(world.dit, precision)), int(place.capability.removeprefix("sm_")))
+    plans = {key: low.plan for key, low in lowered.items()}
+    if program not in plans:
+        raise UserError(f"there is no program '{program}'; choose one of {', '.join(plans)}")
+    chunks = len(chunk_grid(latents, world.stream.chunk_frames))
+    projections = {
+        gpu.name: cost.clip_seconds(plans, gpu, chunks, len(world.stream.timesteps))
+        for gpu in cost.GPUS.values()
+        if precision not in ("mixed", "nvfp4") or gpu.tflops["nvfp4"]
+    }
+    chosen, gpu = plans[program], cost.GPUS[name]
+    if as_json:
+        print_json(_document(chosen, gpu, projections))
+        return
+    stdout.print(_each(chosen, gpu) if each else _sums(chosen, gpu))
+    total = cost.cost(chosen, gpu)
+    stdout.print(
+        f"{program}: {total.steps} launches and copies, {total.flops / 1e12:.2f} TFLOP, {total.nbytes / 1e9:.2f} GB at least; "
+        f"floor {total.floor_us / 1e3:.2f} ms on {gpu.name} ({gpu.source})"
+    )
+    stdout.print(f"arena {chosen.arena / 1e6:.1f} MB (largest sum alive at one time {arena.peak(chosen) / 1e6:.1f} MB)")
+    given = cost.Assumptions()
+    stdout.print(
+        f"Projections for {frames} frames, denoising only, never measurements (assumed: products at {given.products:.0%} of peak, "
+        f"memory at {given.memory:.0%}, {given.gap_us:g} us between kernels):"
+    )
+    for key, seconds in projections.items():
+        stdout.print(f"  {key}: {seconds:.1f} s")
+
+
+@click.command("bench")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--frames", default=961, show_default=True, help="Clip length 8k + 1.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the random latents, text and maps.")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Result file to write.")
+@json_option
+def bench(bundle: Path, frames: int, seed: int, out: Path | None, as_json: bool) -> None:
+    """Time a CUDA bundle on this machine's GPU, stage by stage, with random inputs."""
+    from sanawm_export.cuda.bench import Bench, rows
+    from sanawm_runtime.bundle import Bundle
+    from sanawm_runtime.engines.cuda import CudaEngine
+
+    opened = Bundle.open(bundle)
+    if opened.manifest.target.engine != "cuda":
+        raise UserError(f"{bundle} is for the {opened.manifest.target.engine} engine; build one with --engine cuda")
+    engine = CudaEngine(opened)
+    device = engine.device
+    timed = Bench(opened, frames, engine, seed)
+    timed.run()
+    notes = f"bundle {opened.digest[:12]}, weights {opened.manifest.checkpoint.source}"
+    found = rows(timed, cost.GPUS.get(opened.manifest.target.name))
+    document: dict[str, Any] = {
+        "hardware": device.name, "driver": device.driver_version, "versions": opened.manifest.versions, "commit": None, "date": utc_now(),
+        "notes": notes, "rows": found,
+    }  # fmt: skip
+    engine.close()
+    if out is not None:
+        temporary = out.with_name(f".{out.name}.partial")
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+        temporary.replace(out)
+    if as_json:
+        print_json(document)
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("case", "ms", "min", "max", "n", "floor ms"):
+        table.add_column(column)
+    for row in found:
+        times = [f"{row[key] * 1e3:.2f}" for key in ("value", "min", "max")]
+        table.add_row(row["case"], *times, str(row["n"]), "" if row["floor"] is None else f"{row['floor'] * 1e3:.2f}")
+    stdout.print(table)
+
+
+def _sums(chosen: Plan, gpu: cost.Gpu) -> Table:
+    table = _table("operation", "count")
+    for name, count, nbytes, flops, floor in cost.by_operation(chosen.steps, gpu):
+        table.add_row(name, str(count), f"{nbytes / 1e6:.1f}", f"{flops / 1e9:.1f}", f"{floor:.1f}")
+    return table
+
+
+def _each(chosen: Plan, gpu: cost.Gpu) -> Table:
+    table = _table("launch", "kernel", "grid")
+    for step in chosen.steps:
+        kernel, grid = (step.kernel, "x".join(map(str, step.grid))) if isinstance(step, Launch) else ("copy", "")
+        nbytes = step.read_bytes + step.write_bytes
+        table.add_row(step.label, kernel, grid, f"{nbytes / 1e6:.1f}", f"{step.flops / 1e9:.1f}", f"{cost.floor_us(step, gpu):.1f}")
+    return table
+
+
+def _table(*first: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in first:
+        table.add_column(name)
+    for name in ("MB", "GFLOP", "floor us"):
+        table.add_column(name, justify="right")
+    return table
+
+
+def _document(chosen: Plan, gpu: cost.Gpu, projections: dict[str, float]) -> dict[str, Any]:
+    return {
+        "program": chosen.program, "arena": chosen.arena, "peak": arena.peak(chosen), "gpu": gpu.name, "cost": asdict(cost.cost(chosen, gpu)),
+        "operations": [dict(zip(("name", "count", "bytes", "flops", "floor_us"), row)) for row in cost.by_operation(chosen.steps, gpu)],
+        "projections_seconds": projections, "assumptions": asdict(cost.Assumptions()),
+    }  # fmt: skip

@@ -1,0 +1,136 @@
+"""The transformer's `denoise_*` and `commit_*` programs as launches.
+
+Shapes: T frames, S tokens a frame, M = T*S tokens, C channels, G width of the gated half.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sanawm.programs import Program
+from sanawm_export.cuda.attention import Merged, Past, cross_attention, gdn_attention, softmax_attention
+from sanawm_export.cuda.context import Context, Rows
+from sanawm_export.cuda.products import product, temporal_product
+from sanawm_export.cuda.tape import Lowered, Tape, row_stride
+from sanawm_export.cuda.tokens import depthwise_glu, modulate
+from sanawm_export.cuda.weights import DiTWeights, modulation_width
+from sanawm_kernels.chunk import plans as chunk
+from sanawm_runtime.engines._cuda_plan import TRITON_TYPES, View
+
+_CAMERA = ("rays", "rays_inverse", "cos", "sin", "cam_cos", "cam_sin")
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """AdaLN rows of every frame, (T, 6C a block and 2C) float32."""
+
+    rows: View
+    hidden: int
+
+    def part(self, index: int) -> View:
+        """(T, C): 6 * block + 0..5 are shift, scale and gate of the attention, then of the FFN; the last two the final layer's shift and scale."""
+        return self.rows.narrow(1, index * self.hidden, self.hidden)
+
+
+def lower_dit(program: Program, weights: DiTWeights, target: int) -> Lowered:
+    """`denoise_*` (velocity) or `commit_*` (new state, at t = 0) of a chunk kind for compute capability `target`."""
+    tape = Tape(program)
+    ctx = Context(tape, weights, target)
+    c = weights.config
+    latents = tape.input("latents")
+    T, commit = latents.shape[2], program.outputs[0].name != "velocity"
+    camera = {name: tape.input(name) for name in _CAMERA}
+    modulation = Modulation(_modulation_rows(ctx, T, commit), c.hidden)
+    x = _embed(ctx, latents)
+    mask = tape.input("text_mask")
+    for i in range(c.depth):
+        with tape.scope(f"blocks.{i}"):
+            past = _past(tape, i)
+            new = _new_state(tape, i) if commit else None
+            text = (tape.input(f"keys.{i}"), tape.input(f"values.{i}"), mask)
+            x = _block(ctx, i, x, T, modulation, camera, text, past, new, last=commit and i == c.depth - 1)
+    if not commit:
+        u = modulate(ctx, "final.modulate", x, modulation.part(6 * c.depth), modulation.part(6 * c.depth + 1), "final")
+        _transpose(ctx, "velocity", product(ctx, "final", "final", u).values, tape.output("velocity").reshape(c.in_channels, x.shape[0]))
+    return tape.finish()
+
+
+def _modulation_rows(ctx: Context, frames: int, commit: bool) -> View:
+    table = ctx.weight("modulation")
+    if commit:  # the last timestep of the table is 0, for every frame
+        return table.narrow(0, table.shape[0] - 1, 1).repeat_rows(frames)
+    width = modulation_width(ctx.config)
+    rows = ctx.tensor("modulation", frames, width, dtype="float32")
+    bindings = {"timestep": ctx.tape.input("timestep"), "steps": ctx.weight("timesteps"), "table": table, "out": rows, "WIDTH": width}
+    ctx.tape.launch("modulation", chunk.modulation_rows(table.shape[0]), bindings, ("out",), FRAMES=frames)
+    return rows
+
+
+def _transpose(ctx: Context, label: str, x: View, out: View) -> View:
+    """(R, C) to (C, R) in out's dtype."""
+    variant = chunk.transpose(TRITON_TYPES[x.dtype], TRITON_TYPES[out.dtype])
+    ctx.tape.launch(label, variant, {"x": x, "x_row": row_stride(x), "out": out, "R": x.shape[0], "C": x.shape[1]}, ("out",))
+    return out
+
+
+def embed(ctx: Context, label: str, name: str, maps: View) -> View:
+    """Channel-major maps (1, K, T, h, w) to embedded tokens (M, C)."""
+    K = maps.shape[1]
+    M = maps.shape[2] * maps.shape[3] * maps.shape[4]
+    tokens = _transpose(ctx, f"{label}.tokens", maps.reshape(K, M), ctx.tensor(f"{label}.tokens", M, K))
+    return product(ctx, label, name, Rows(tokens)).values
+
+
+def _embed(ctx: Context, latents: View) -> View:
+    return embed(ctx, "embed", "x_embedder", latents)
+
+
+def _past(tape: Tape, block: int) -> Past:
+    """State inputs of a block, oldest first; entries that a block does not read are left out."""
+    chunks = []
+    for prefix in ("sink", "past"):
+        start = f"{prefix}.{block}."
+        fields = {spec.name.removeprefix(start): spec.name for spec in tape.program.inputs if spec.name.startswith(start)}
+        if fields:
+            chunks.append({field: tape.input(name) for field, name in fields.items()})
+    return Past(tuple(chunks))
+
+
+def _new_state(tape: Tape, block: int) -> dict[str, View]:
+    """State outputs of a block by field."""
+    names = [spec.name for spec in tape.program.outputs if spec.name.startswith(f"next.{block}.")]
+    return {name.rsplit(".", 1)[1]: tape.output(name) for name in names}
+
+
+def _block(
+    ctx: Context, i: int, x: View, T: int, modulation: Modulation, camera: dict[str, View], text: tuple[View, View, View], past: Past,
+    new: dict[str, View] | None, last: bool,
+) -> View:  # fmt: skip
+    """One block on the residual stream x (M, C); in the clean pass the last block stops at its FFN's spatial output."""
+    c, name = ctx.config, f"blocks.{i}"
+    S, M = c.tokens_per_frame, x.shape[0]
+    shift1, scale1, gate1, shift2, scale2, gate2 = (modulation.part(6 * i + j) for j in range(6))
+    softmax = c.is_softmax(i)
+    u = modulate(ctx, "modulate1", x, shift1, scale1, f"{name}.merged", keep=not softmax)
+    merged = Merged(product(ctx, "merged", f"{name}.merged", u).values, c)
+    if softmax:
+        main, cam = softmax_attention(ctx, name, merged, camera, past, new)
+    else:
+        main, cam = gdn_attention(ctx, name, u, merged, camera, T, past, new)
+    gated = product(ctx, "out_cam", f"{name}.out_cam", Rows(cam), add=main, gate=merged.part(6), quantize_for=f"{name}.proj", keep=False)
+    plucker = ctx.tape.input(f"plucker.{i}").reshape(M, c.hidden)
+    stream = product(
+        ctx, "proj", f"{name}.proj", gated, frame_gate=gate1, tokens=S, residual=x, extra=plucker, quantize_for=f"{name}.cross_q"
+    )
+    attended = cross_attention(ctx, name, stream, *text)
+    x = product(ctx, "cross.proj", f"{name}.cross_proj", Rows(attended), residual=stream.values).values
+    u = modulate(ctx, "modulate2", x, shift2, scale2, f"{name}.inverted")
+    inner = product(ctx, "inverted", f"{name}.inverted", u, silu=True).values
+    mixed = depthwise_glu(ctx, "depthwise", inner, name, T, f"{name}.point")
+    spatial = product(ctx, "point", f"{name}.point", mixed, quantize_for=None if last else f"{name}.temporal")
+    if new is not None:
+        ctx.tape.copy("ffn_tail", spatial.values.narrow(0, (T - 1) * S, S), new["ffn_tail"].reshape(S, c.hidden))
+    if last:
+        return spatial.values
+    tail = Rows(past.last["ffn_tail"].reshape(S, c.hidden)) if past.last else None
+    return temporal_product(ctx, "temporal", f"{name}.temporal", spatial, tail, S, add=spatial.values, frame_gate=gate2, residual=x)

@@ -1,0 +1,91 @@
+"""Number formats of the transformer's products: what the precision asks for, as far as kernels and calibration allow."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sanawm.config import DiTConfig
+from sanawm.errors import UserError
+
+Kind = Literal["plain", "fp8", "nvfp4"]
+PRECISIONS = ("bf16", "fp8", "mixed", "nvfp4")
+# NVFP4 activations without calibration: their largest magnitude is taken to be this. The two-level scale loses nothing as long as it is at most
+# 64 times too large (21.95 dB at the true maximum, 21.92 at 512 times it, on synthetic layers), so true maxima of 8 to 512 are served alike.
+ASSUMED_AMAX = 512.0
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
+# The camera's projections and what small products there are stay out of NVFP4; in `mixed` the FFN's early blocks do too.
+_NVFP4 = ("proj", "cross_q", "cross_proj", "inverted", "point", "temporal")
+_MIXED = ("cross_proj", "temporal", "inverted", "point")
+_FP8 = ("merged", "proj", "cross_q", "cross_proj", "inverted", "point")
+_LATE = ("inverted", "point")
+# The published search keeps the FFN of the first 6 of 20 blocks in FP8 (SANA-Streaming).
+_EARLY_SHARE = 0.3
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a product multiplies: its kind, and the calibrated scale of its activations.
+
+    `plain` is the activations' own dtype. `fp8` weights have one scale a row; activations have one scale where it was calibrated (`scale`),
+    else each row its own. `nvfp4` needs a global scale.
+    """
+
+    kind: Kind = "plain"
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "nvfp4" and self.scale is None:
+            raise ValueError("NVFP4 activations need a global scale, found none")
+        if self.kind == "plain" and self.scale is not None:
+            raise ValueError("a product that is not quantized has no activation scale")
+
+    @property
+    def quant(self) -> str | None:
+        """What the kernels call the quantization of its activations."""
+        return {"plain": None, "fp8": "fp8_rows" if self.scale is None else "fp8", "nvfp4": "nvfp4"}[self.kind]
+
+
+PLAIN = Format()
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Format of each product by its packed name (`blocks.3.merged`); what is not named is plain."""
+
+    table: Mapping[str, Format] = field(default_factory=dict)
+
+    def of(self, name: str) -> Format:
+        return self.table.get(name, PLAIN)
+
+    def summary(self) -> dict[str, int]:
+        """Number of quantized products of each kind, as the kernels call it."""
+        return dict(sorted(Counter(f.quant for f in self.table.values() if f.quant).items()))
+
+
+def formats_for(config: DiTConfig, precision: str, amax: Mapping[str, float] | None = None) -> Formats:
+    """Formats of a precision, one of PRECISIONS. `amax`: calibrated largest activation magnitude by packed product name.
+
+    Without calibration FP8 activations are scaled row by row as they come, and NVFP4 ones by ASSUMED_AMAX. The temporal convolution needs one
+    scale for three frames, so in FP8 it stays plain until it is calibrated. Raises UserError for an unknown precision.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"the cuda engine computes {', '.join(PRECISIONS)}, found --precision {precision}")
+    amax = amax or {}
+    table: dict[str, Format] = {}
+    for i in range(config.depth) if precision != "bf16" else ():
+        for part in dict.fromkeys((*_FP8, "temporal")):
+            name = f"blocks.{i}.{part}"
+            if _is_nvfp4(precision, part, i, config.depth):
+                table[name] = Format("nvfp4", amax.get(name, ASSUMED_AMAX) / (E4M3_MAX * E2M1_MAX))
+            elif part in _FP8 or name in amax:
+                table[name] = Format("fp8", amax[name] / E4M3_MAX if name in amax else None)
+    return Formats(table)
+
+
+def _is_nvfp4(precision: str, part: str, block: int, depth: int) -> bool:
+    if precision == "nvfp4":
+        return part in _NVFP4
+    return precision == "mixed" and part in _MIXED and (part not in _LATE or block >= _EARLY_SHARE * depth)

@@ -1,0 +1,178 @@
+"""Compilation of one kernel variant to a cubin, without a GPU.
+
+Triton is imported inside the functions: a process that interprets kernels cannot compile them, so builds run in processes of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import tempfile
+from typing import Any
+
+from sanawm_kernels.aot import elf
+from sanawm_kernels.aot.spec import KernelVariant
+
+# Part of every cache key: raise it when the way of compiling changes.
+RECIPE = 1
+# Pointers that Triton appends to every kernel's parameters; kernels of this package use neither, so the launcher passes null.
+HIDDEN = ("global_scratch", "profile_scratch")
+# Bytes of dynamic shared memory a block may ask for, by compute capability (CUDA C++ Programming Guide, compute capabilities).
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
+# Architectures on which a hot kernel may not spill.
+NO_SPILLS = (90, 120)
+
+
+class CompileError(Exception):
+    """A variant that does not compile, or whose code does not fit its target."""
+
+
+def load(path: str) -> Any:
+    """The kernel at `module:function`."""
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _compilable(variant: KernelVariant) -> Any:
+    import triton
+
+    kernel = load(variant.kernel)
+    if not isinstance(kernel, triton.JITFunction):
+        raise CompileError(f"{variant.kernel} is not a compilable Triton kernel; unset TRITON_INTERPRET before the first import")
+    known, given = set(kernel.arg_names), set(variant.signature) | set(variant.constexprs)
+    if known != given:
+        raise CompileError(f"{variant.name}: parameters given and taken differ in {', '.join(sorted(known ^ given))}")
+    return kernel
+
+
+def options(variant: KernelVariant, ptx_version: int | None) -> dict[str, Any]:
+    """Compiler options of a variant; `ptx_version` 87 makes code that older drivers load (None: the compiler's newest)."""
+    # Contraction into fused multiply-adds is asked for, because the default differs between Triton versions.
+    chosen = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True, **variant.options}
+    return chosen if ptx_version is None else {**chosen, "ptx_version": ptx_version}
+
+
+def cache_key(variant: KernelVariant, target: int, ptx_version: int | None) -> str:
+    """SHA-256 over everything the code depends on: the kernel's source and all it calls, types, constants, options, compiler, target."""
+    import triton
+
+    facts = {
+        "recipe": RECIPE, "source": _compilable(variant).cache_key, "signature": dict(variant.signature), "constants": _plain(variant.constexprs),
+        "options": _plain(options(variant, ptx_version)), "triton": triton.__version__, "target": target,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(values: Any) -> dict[str, Any]:
+    """Constants as JSON: numbers, text, truth values and None as they are, anything else (a Triton dtype) by its name."""
+    return {name: value if isinstance(value, (int, float, str, bool, type(None))) else str(value) for name, value in values.items()}
+
+
+def compile_variant(variant: KernelVariant, target: int, ptx_version: int | None = None) -> tuple[bytes, dict[str, Any]]:
+    """Cubin of `variant` for compute capability `target`, and its index entry.
+
+    Raises CompileError if it does not compile, needs more shared memory than the target has, is for another architecture than asked, or spills
+    where it must not. The same inputs give the same bytes, wherever and whenever they are compiled: file names and lines are left out.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = _compilable(variant)
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        kind, _, promise = variant.signature.get(name, "constexpr").partition(":")
+        signature[name] = kind
+        if promise:
+            aligned[(position,)] = [["tt.divisibility", int(promise)]]
+    constants = {(kernel.arg_names.index(name),): value for name, value in variant.constexprs.items()}
+    source = ASTSource(kernel, signature, constants, aligned)
+    # Triton's own cache is left empty and unused: it knows nothing of the switches below.
+    with tempfile.TemporaryDirectory(prefix="sanawm-triton-") as scratch, triton.knobs.cache.scope(), triton.knobs.compilation.scope():
+        triton.knobs.cache.dir = scratch
+        triton.knobs.compilation.disable_line_info = True
+        try:
+            built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options(variant, ptx_version))
+        except Exception as error:
+            raise CompileError(f"{variant.name} for sm_{target}: {type(error).__name__}: {error}") from error
+    cubin: bytes = built.asm["cubin"]
+    entry = describe(variant, kernel.arg_names, cubin, int(built.metadata.shared))
+    _check(variant, entry, target)
+    return cubin, entry
+
+
+def describe(variant: KernelVariant, order: list[str], cubin: bytes, shared: int) -> dict[str, Any]:
+    """Index entry of a compiled variant: what a launcher needs, and what the ELF says."""
+    code = elf.read(cubin)
+    arguments = [{"name": name, "type": variant.signature[name]} for name in order if name in variant.signature]
+    return {
+        "name": variant.name,
+        "kernel": variant.kernel,
+        "entry": code.entry,
+        "arch": f"sm_{code.arch}",
+        "arguments": arguments,
+        "hidden": list(HIDDEN[: len(code.parameters) - len(arguments)]),
+        "parameters": [list(parameter) for parameter in code.parameters],
+        "constants": _plain(variant.constexprs),
+        "grid": list(variant.grid),
+        "grid_sizes": list(variant.grid_sizes),
+        "num_warps": code.threads // 32,
+        "num_ctas": int(variant.options.get("num_ctas", 1)),
+        "shared_bytes": shared,
+        "registers": code.registers,
+        "spill_bytes": code.stack_bytes,
+        "spill_reason": variant.spill_reason,
+        "sha256": hashlib.sha256(cubin).hexdigest(),
+    }
+
+
+def _check(variant: KernelVariant, entry: dict[str, Any], target: int) -> None:
+    if entry["arch"] != f"sm_{target}":
+        raise CompileError(f"{variant.name}: expected code for sm_{target}, the compiler made code for {entry['arch']}")
+    if len(entry["parameters"]) != len(entry["arguments"]) + len(HIDDEN):
+        wanted, found = len(entry["arguments"]), len(entry["parameters"])
+        raise CompileError(f"{variant.name}: expected {wanted} parameters and {len(HIDDEN)} hidden, found {found}")
+    if entry["shared_bytes"] > SHARED_LIMIT[target]:
+        raise CompileError(f"{variant.name}: needs {entry['shared_bytes']} bytes of shared memory, sm_{target} has {SHARED_LIMIT[target]}")
+    if variant.hot and target in NO_SPILLS and entry["spill_bytes"] and not variant.spill_reason:
+        raise CompileError(f"{variant.name}: spills {entry['spill_bytes']} bytes a thread on sm_{target}; tune it, or write its spill_reason")
+
+
+def in_worker(variant: KernelVariant, target: int, ptx_version: int | None, cache: str | None) -> tuple[bytes, dict[str, Any], bool]:
+    """`compile_variant` through the cache directory; the last value says whether the cache had it."""
+    path = None if cache is None else os.path.join(cache, (key := cache_key(variant, target, ptx_version))[:2], key)
+    if path is not None and (found := _cached(path)) is not None:
+        cubin, shared = found
+        entry = describe(variant, _compilable(variant).arg_names, cubin, shared)
+        _check(variant, entry, target)
+        return cubin, entry, True
+    cubin, entry = compile_variant(variant, target, ptx_version)
+    if path is not None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
+        with os.fdopen(handle, "wb") as file:
+            file.write(json.dumps({"sha256": entry["sha256"], "shared_bytes": entry["shared_bytes"]}).encode() + b"\n" + cubin)
+        os.replace(temporary, path)
+    return cubin, entry, False
+
+
+def _cached(path: str) -> tuple[bytes, int] | None:
+    """Cubin and shared memory of a cache entry; None if there is none or it is damaged."""
+    try:
+        with open(path, "rb") as file:
+            head, cubin = file.readline(), file.read()
+        facts = json.loads(head)
+        whole = hashlib.sha256(cubin).hexdigest() == facts["sha256"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return (cubin, int(facts["shared_bytes"])) if whole else None
+
+
+def start_worker() -> None:
+    """Prepare a new process for compiling: never interpreted, interrupts left to the parent."""
+    import signal
+
+    os.environ.pop("TRITON_INTERPRET", None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,51 @@
+"""Tiles of the attention kernels. Nothing here needs torch or triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sanawm_kernels.tuning import Row, choose
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries and keys of a tile, warps, pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+_INTERPRETER = (0,)
+_HOPPER = (90,)
+_DATA_CENTRE = (100, 103)
+# 99 KiB of shared memory a block, or no wgmma.
+_OTHERS = (80, 86, 89, 120, 121)
+_ALL = _HOPPER + _DATA_CENTRE + _OTHERS
+_DATE = "2026-11-23"
+_INSPECTED = "not timed: chosen from registers, spills and shared memory of the compiled code, "
+
+
+def _tile(queries: int, keys: int) -> dict[str, int]:
+    return {"queries": queries, "keys": keys}
+
+
+TABLE: tuple[Row, ...] = (
+    Row("window", _INTERPRETER, _tile(32, 32), 4, 1, _DATE, "small enough for tests, with tails at small sizes"),
+    Row("cross", _INTERPRETER, _tile(32, 32), 4, 1, _DATE, "small enough for tests, with tails at small sizes"),
+    Row("window", _HOPPER, _tile(128, 128), 8, 2, _DATE, _INSPECTED + "160 KiB, none spilled", {"kind": "bf16"}),
+    Row("window", _HOPPER, _tile(128, 128), 8, 3, _DATE, _INSPECTED + "112 KiB, none spilled", {"kind": "fp8e4nv"}),
+    Row("window", _DATA_CENTRE, _tile(128, 64), 8, 3, _DATE, _INSPECTED + "128 keys spill in the loop"),
+    Row("window", _OTHERS, _tile(128, 32), 8, 2, _DATE, _INSPECTED + "64 keys spill in the loop", {"kind": "bf16"}),
+    Row("window", _OTHERS, _tile(128, 64), 8, 2, _DATE, _INSPECTED + "215 registers", {"kind": "fp8e4nv"}),
+    Row("window", _ALL, _tile(32, 32), 4, 1, _DATE, "other dtypes are for tests on a GPU"),
+    Row("cross", _ALL, _tile(32, 64), 4, 2, _DATE, _INSPECTED + "64 queries spill where blocks of NVFP4 are made", {"quant": "nvfp4"}),
+    Row("cross", _ALL, _tile(64, 32), 4, 2, _DATE, _INSPECTED + "64 keys spill"),
+)
+
+
+def tile(kernel: str, target: int, kind: str, quant: str | None = None) -> Tile:
+    """Tile of "window" or "cross" attention for operands of `kind`; ValueError for an architecture without a row."""
+    row = choose(TABLE, kernel, target, kind="bf16" if kind == "fp16" else kind, quant=quant)
+    return Tile(row.settings["queries"], row.settings["keys"], row.num_warps, row.num_stages)

@@ -1,0 +1,35 @@
+"""One entry to the products, whichever backend serves them."""
+
+from __future__ import annotations
+
+from sanawm_kernels.gemm import cublaslt, table
+from sanawm_kernels.gemm import triton as fused
+from sanawm_kernels.gemm.naive import Epilogue, Operand, Product
+from sanawm_kernels.tokenwise.launch import target
+
+
+def choice(x: Operand, weight: Operand, epilogue: Epilogue | None = None) -> table.Choice:
+    """The table's choice for this product on the device it is on."""
+    epilogue = epilogue or Epilogue()
+    (a, values), (b, weights) = fused.describe(x, "linear x"), fused.describe(weight, "linear weight")
+    depth = values.shape[-1] * (2 if a.kind == "nvfp4" else 1)
+    rows = values.numel() // values.shape[-1]
+    return table.choose(
+        target(values.device), a.kind, rows, weights.shape[0], depth, plain=not cublaslt.has_more(epilogue), glu=epilogue.glu,
+        swizzled=a.swizzled or b.swizzled,
+    )  # fmt: skip
+
+
+def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, backend: table.Backend | None = None) -> Product:
+    """See `naive.linear`. `backend` overrides the table; a backend that cannot serve the product raises ValueError, none is substituted."""
+    if backend not in (None, "triton", "cublaslt"):
+        raise ValueError(f"linear: expected a backend of triton or cublaslt, found {backend!r}")
+    chosen = choice(x, weight, epilogue)
+    if (backend or chosen.backend) == "cublaslt":
+        return cublaslt.linear(x, weight, epilogue)
+    return fused.linear(x, weight, epilogue, config=chosen.config)
+
+
+def temporal_conv(s: Operand, weight: Operand, frames: int, tail: Operand | None = None, epilogue: Epilogue | None = None) -> Product:
+    """See `naive.temporal_conv`. Always Triton: cuBLASLt cannot read three shifted views as one operand."""
+    return fused.temporal_conv(s, weight, frames, tail, epilogue)

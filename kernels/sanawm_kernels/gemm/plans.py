@@ -1,0 +1,226 @@
+"""How the products are specialised. Nothing here needs torch or triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from sanawm_kernels.aot.spec import TARGETS, KernelVariant
+from sanawm_kernels.tokenwise.plans import FP8_TARGETS, QUANT_CODES, arguments, pointer, quant_entries, quant_name, stride
+
+KERNELS = "sanawm_kernels.gemm.kernels"
+# Architectures with instructions for NVFP4 products; Triton from 3.9 on also compiles them for sm_90, where it emulates them with bfloat16.
+FP4_TARGETS = tuple(t for t in TARGETS if t >= 100)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile of a product: rows, columns, depth, tile rows visited together, warps, pipeline stages, column slices of the epilogue.
+
+    `persistent` starts one program a multiprocessor instead of one a tile.
+    `exact` adds e4m3 products to the float32 sum after every `depth` of them, which Hopper does not do by itself.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    group: int = 8
+    warps: int = 8
+    stages: int = 3
+    slices: int = 1
+    persistent: bool = False
+    exact: bool = False
+
+
+@dataclass(frozen=True)
+class Operand:
+    """How an operand arrives: kind "bf16", "fp16", "fp32", "fp8" or "nvfp4"; FP8 with one scale or one a row; layout of NVFP4 block scales."""
+
+    kind: str
+    row_scales: bool = False
+    swizzled: bool = False
+
+    @property
+    def type(self) -> str:
+        return {"fp8": "*fp8e4nv:16", "nvfp4": "*u8:16"}.get(self.kind, f"*{self.kind}:16")
+
+    @property
+    def scale_entries(self) -> tuple[str | None, str | None]:
+        """Types of block scales and of float32 scales."""
+        return "*fp8e4nv:16" if self.kind == "nvfp4" else None, "*fp32" if self.kind in ("fp8", "nvfp4") else None
+
+    @property
+    def name(self) -> str:
+        return self.kind + ("_rows" if self.row_scales else "") + ("_swizzled" if self.swizzled else "")
+
+
+@dataclass(frozen=True)
+class Finish:
+    """Which epilogue: the present operands, by name, and the outputs. Dtypes are Triton's names; summands and gates share the output's."""
+
+    out: str = "bf16"
+    keep: bool = True
+    bias: bool = False
+    silu: bool = False
+    glu: bool = False
+    add: bool = False
+    gate: bool = False
+    frame_gate: str | None = None
+    residual: bool = False
+    extra: bool = False
+    squares: bool = False
+    quant: str | None = None
+    swizzled: bool = False
+    native: bool = False
+    weight: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        parts = [n for n in ("bias", "silu", "glu", "add", "gate", "frame_gate", "residual", "extra", "squares") if getattr(self, n)]
+        return ("_".join(parts) or "plain") + f".{self.out}" + quant_name(self.quant, self.swizzled, self.keep)
+
+    def entries(self, columns: int, *, conv: bool = False) -> dict[str, str | None]:
+        """Signature entries in the kernels' order."""
+        row = stride(columns)
+        result: dict[str, str | None] = {} if conv else {"bias": pointer(self.weight if self.bias else None)}
+        operands = [
+            ("add", self.add, self.out),
+            ("frame_gate", self.frame_gate, self.frame_gate or ""),
+            ("residual", self.residual, self.out),
+        ]
+        if not conv:
+            operands.insert(1, ("gate", self.gate, self.out))
+            operands.append(("extra", self.extra, self.out))
+        for name, present, kind in operands:
+            result |= {name: pointer(kind if present else None), f"{name}_row": row if present else None}
+        result |= {"out": pointer(self.out if self.keep else None)} | quant_entries(self.quant)
+        return result if conv else result | {"squares": "*fp32:16" if self.squares else None}
+
+    def constants(self, *, conv: bool = False) -> dict[str, object]:
+        shared: dict[str, object] = {
+            "QUANT": QUANT_CODES[self.quant],
+            "SWIZZLED": self.swizzled,
+            "NATIVE": self.native,
+            "BF16": self.out == "bf16",
+        }
+        return shared if conv else shared | {"SILU": self.silu, "GLU": self.glu}
+
+
+def _operand_entries(prefix: str, operand: Operand, row: str | None) -> dict[str, str | None]:
+    blocks, scale = operand.scale_entries
+    entries: dict[str, str | None] = {prefix: operand.type}
+    if row is not None:
+        entries[f"{prefix}_row"] = row
+    return entries | {f"{prefix}_scales": blocks, f"{prefix}_scale": scale}
+
+
+def _grid(config: Config) -> tuple[tuple[str, str, str], tuple[str, ...]]:
+    tiles = "cdiv(M, BM) * cdiv(N, BN)"
+    return ((f"min({tiles}, SMS)", "1", "1"), ("SMS",)) if config.persistent else ((tiles, "1", "1"), ())
+
+
+def _targets(*kinds: str | None) -> tuple[int, ...]:
+    if kinds[0] == "nvfp4":
+        return FP4_TARGETS
+    return FP8_TARGETS if any(k in ("fp8", "fp8_rows", "nvfp4") for k in kinds) else TARGETS
+
+
+def _tile_constants(config: Config, a: Operand, b: Operand) -> dict[str, object]:
+    return {
+        "BM": config.rows, "BN": config.columns, "BK": config.depth, "GROUP": config.group, "SLICES": config.slices,
+        "FP4": a.kind == "nvfp4", "A_ROWS": a.row_scales, "B_ROWS": b.row_scales,
+        "IMPRECISE": config.depth if config.exact else None, "PRECISION": "ieee",
+    }  # fmt: skip
+
+
+@cache
+def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: Finish, config: Config) -> KernelVariant:
+    """x (M, depth) @ weight (columns, depth)^T; `tokens` rows share a frame gate. Raises ValueError for operands that do not go together."""
+    check(a, b, depth, finish, config)
+    entries = (
+        _operand_entries("a", a, stride(depth // (2 if a.kind == "nvfp4" else 1)))
+        | _operand_entries("b", b, None)
+        | finish.entries(columns)
+    )
+    signature, absent = arguments(entries | {"M": "i32"})
+    grid, sizes = _grid(config)
+    kinds = a.name if a == b else f"{a.name}_x_{b.name}"
+    return KernelVariant(
+        name=f"gemm.n{columns}.k{depth}{f'.s{tokens}' if finish.frame_gate else ''}.{kinds}.{finish.name}",
+        kernel=f"{KERNELS}:gemm",
+        signature=signature,
+        constexprs=absent | _tile_constants(config, a, b) | finish.constants()
+        | {"N": columns, "K": depth, "TOKENS": tokens if finish.frame_gate else 1, "A_SWIZZLED": a.swizzled, "B_SWIZZLED": b.swizzled},
+        grid=grid,
+        grid_sizes=sizes,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        targets=_targets(a.kind, finish.quant),
+        hot=True,
+    )  # fmt: skip
+
+
+@cache
+def temporal_conv(
+    a: Operand, b: Operand, columns: int, channels: int, frame: int, batch: int, tail: bool, finish: Finish, config: Config
+) -> KernelVariant:
+    """Three frame-shifted views of (M, channels) times weight (columns, 3 * channels); `frame` tokens a frame, `batch` tokens a batch."""
+    check(a, b, channels, finish, config)
+    if a.row_scales or a.swizzled or b.swizzled:
+        raise ValueError("temporal_conv: expected one activation scale and block scales in rows: frames do not start at tiles of 128 rows")
+    row = stride(channels // (2 if a.kind == "nvfp4" else 1))
+    entries = _operand_entries("a", a, row)
+    entries |= {"tail": a.type if tail else None, "tail_row": row if tail else None, "tail_scales": a.scale_entries[0] if tail else None}
+    entries |= _operand_entries("b", b, None) | finish.entries(columns, conv=True)
+    signature, absent = arguments(entries | {"M": "i32"})
+    grid, sizes = _grid(config)
+    return KernelVariant(
+        name=f"gemm.temporal.n{columns}.c{channels}.{batch // frame}x{frame}.{a.name if a == b else f'{a.name}_x_{b.name}'}"
+        f"{'' if tail else '.first'}.{finish.name}",
+        kernel=f"{KERNELS}:temporal_conv",
+        signature=signature,
+        constexprs=absent | _tile_constants(config, a, b) | finish.constants(conv=True)
+        | {"N": columns, "C": channels, "FRAME": frame, "BATCH": batch},
+        grid=grid,
+        grid_sizes=sizes,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        targets=_targets(a.kind, finish.quant),
+        hot=True,
+    )  # fmt: skip
+
+
+@cache
+def epilogue(columns: int, tokens: int, kind: str, finish: Finish, rows: int = 32, width: int = 128) -> KernelVariant:
+    """The epilogue alone, on a product of dtype `kind`."""
+    entries = {"product": pointer(kind), "product_row": stride(columns)} | finish.entries(columns)
+    signature, absent = arguments(entries | {"M": "i32"})
+    return KernelVariant(
+        name=f"gemm.epilogue.n{columns}{f'.s{tokens}' if finish.frame_gate else ''}.{kind}.{finish.name}",
+        kernel=f"{KERNELS}:epilogue",
+        signature=signature,
+        constexprs=absent | finish.constants() | {"N": columns, "BM": rows, "BN": width, "TOKENS": tokens if finish.frame_gate else 1},
+        grid=("cdiv(M, BM)", "cdiv(N, BN)", "1"),
+        num_warps=4,
+        num_stages=1,
+        targets=_targets(None, finish.quant),
+        hot=True,
+    )
+
+
+def check(a: Operand, b: Operand, depth: int, finish: Finish, config: Config) -> None:
+    """ValueError where a product of these operands does not exist."""
+    if a.kind != b.kind:
+        raise ValueError(f"product: expected operands of one kind, found {a.kind} and {b.kind}")
+    if a.kind == "nvfp4" and (depth % 16 or config.depth % 64):
+        raise ValueError(
+            f"product: expected a depth that is a multiple of 16 and tiles of a multiple of 64 for NVFP4, found {depth} and {config.depth}"
+        )
+    if (a.swizzled and config.rows % 128) or (b.swizzled and config.columns % 128):
+        raise ValueError(f"product: expected tiles of a multiple of 128 for swizzled scales, found {config.rows} x {config.columns}")
+    if finish.glu and b.swizzled:
+        raise ValueError(
+            "product: expected row scales on the weight of a gated linear unit: its two halves need not start at tiles of 128 rows"
+        )
+    if finish.quant == "fp8_rows":
+        raise ValueError("product: expected a calibrated scale for a quantized output, found fp8_rows; no tile sees a whole row")

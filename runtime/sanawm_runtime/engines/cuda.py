@@ -1,0 +1,368 @@
+"""Programs as launch lists of this project's kernels, replayed as CUDA graphs through cuda-python: no TensorRT, no torch.
+
+Three streams: one computes the transformer, one everything else, one copies to and from the host. Each buffer knows the last point at which it
+was written and read, so work on different streams waits for what it needs and for nothing more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sanawm.bfloat16 import from_bits, to_bits
+from sanawm.errors import EngineError
+from sanawm.programs import TensorSpec
+from sanawm_runtime.bundle import Bundle
+from sanawm_runtime.engines._cuda_device import Event, Gpu, check_capability
+from sanawm_runtime.engines._cuda_kernels import Kernel, read_index
+from sanawm_runtime.engines._cuda_plan import Plan
+from sanawm_runtime.engines._cuda_program import BoundProgram, Loaded
+from sanawm_runtime.engines._cuda_weights import read_table, upload
+from sanawm_runtime.engines.base import Buffer, Engine
+
+# Graphs of one program for different buffers: a stream alternates two sets of state, and a few streams may share an engine.
+GRAPHS = 16
+_STORAGE: Mapping[str, Any] = {"float32": np.float32, "bfloat16": np.uint16, "int64": np.int64, "bool": np.bool_, "uint8": np.uint8}
+
+
+class CudaBuffer(Buffer):
+    """Device memory of a tensor, with the last points at which it was written and read."""
+
+    def __init__(self, spec: TensorSpec, device: Gpu) -> None:
+        super().__init__(spec)
+        self._device = device
+        self.address = device.allocate(spec.nbytes)
+        self.written: Event | None = None
+        self.readers: dict[int, Event] = {}
+
+    def __del__(self) -> None:
+        if hasattr(self, "address") and not self._device.closed:
+            self._device.free(self.address)  # the driver waits until nothing uses it
+
+
+@dataclass(frozen=True)
+class PendingRead:
+    """A copy to the host under way; `result` waits for it."""
+
+    spec: TensorSpec
+    host: NDArray[np.uint8]
+    done: Event
+
+    def result(self) -> NDArray:
+        """The content, valid until two further reads or writes of the engine began."""
+        self.done.synchronize()
+        stored = self.host[: self.spec.nbytes].view(_STORAGE[self.spec.dtype]).reshape(self.spec.shape)
+        return from_bits(stored) if self.spec.dtype == "bfloat16" else stored
+
+
+@dataclass
+class _Part:
+    """Weights that programs share: the block on the device, and the programs that are loaded."""
+
+    block: int
+    addresses: Mapping[str, int]
+    users: set[str]
+
+
+@dataclass
+class _Program:
+    plan: Plan
+    part: str
+    graphs: OrderedDict[tuple[Any, ...], tuple[BoundProgram, Any]] = dataclasses.field(default_factory=OrderedDict)
+
+
+class CudaEngine(Engine):
+    """Runs the plans of a bundle. `device` can be given for tests."""
+
+    def __init__(self, bundle: Bundle, device: Gpu | None = None) -> None:
+        self._bundle = bundle
+        self._device = device or Gpu()
+        check_capability(self._device, bundle.manifest.target.capability)
+        self._streams = {name: self._device.new_stream() for name in ("transformer", "other", "copy")}
+        self._arenas: dict[str, int] = {}
+        self._arena_bytes = self._largest_arenas()
+        self._programs: dict[str, _Program] = {}
+        self._parts: dict[str, _Part] = {}
+        self._indices: dict[str, dict[str, Kernel]] = {}
+        self._functions: dict[str, Loaded] = {}
+        self._stages: list[tuple[NDArray[np.uint8], Event | None]] = []
+        self._turn = 0
+        self._chunks: OrderedDict[tuple[Any, ...], tuple[list[BoundProgram], Any]] = OrderedDict()
+        self._rows: dict[bytes, CudaBuffer] = {}
+        self._closed = False
+
+    def _largest_arenas(self) -> dict[str, int]:
+        """Bytes of scratch memory for each stream: the most that any of its programs needs."""
+        found: dict[str, int] = {}
+        for name, entry in self._bundle.manifest.programs.items():
+            size = entry.extras.get("arena")
+            if type(size) is not int or size < 0:
+                raise EngineError(f"{name}: the manifest gives no size of its scratch memory; rebuild the bundle")
+            stream = _stream_of(str(entry.extras.get("weights", "")))
+            found[stream] = max(found.get(stream, 0), size)
+        return found
+
+    def activate(self) -> None:
+        self._device.activate()
+
+    @property
+    def device(self) -> Gpu:
+        """The GPU, for its name and driver."""
+        return self._device
+
+    def synchronize(self) -> None:
+        """Wait until everything that was enqueued is done."""
+        self._check_open()
+        self._device.call("cuCtxSynchronize")
+
+    # memory
+
+    def allocate(self, spec: TensorSpec) -> CudaBuffer:
+        self._check_open()
+        if spec.dtype not in _STORAGE:
+            raise EngineError(f"{spec.name} is {spec.dtype}, which the cuda engine does not hold; rebuild the bundle")
+        return CudaBuffer(spec, self._device)
+
+    def write(self, buffer: Buffer, values: NDArray) -> None:
+        target = _own(buffer)
+        if tuple(values.shape) != target.spec.shape:
+            raise EngineError(f"{target.spec.name} takes shape {target.spec.shape}, found {values.shape}")
+        stored = to_bits(np.asarray(values, np.float32)) if target.spec.dtype == "bfloat16" else values.astype(_STORAGE[target.spec.dtype])
+        host = self._stage(target.spec.nbytes)
+        host[: target.spec.nbytes] = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+        stream = self._streams["copy"]
+        self._staged(self._enqueue(stream, (), (target,), lambda: self._device.send(target.address, host[: target.spec.nbytes], stream)))
+
+    def read_later(self, buffer: Buffer) -> PendingRead:
+        """Begin a copy to the host, which runs beside later work."""
+        source = _own(buffer)
+        host = self._stage(source.spec.nbytes)
+        stream = self._streams["copy"]
+        done = self._enqueue(stream, (source,), (), lambda: self._device.fetch(host[: source.spec.nbytes], source.address, stream))
+        self._staged(done)
+        return PendingRead(source.spec, host, done)
+
+    def read(self, buffer: Buffer) -> NDArray:
+        return np.array(self.read_later(buffer).result())
+
+    def _stage(self, nbytes: int) -> NDArray[np.uint8]:
+        """The pinned block whose turn it is, once the copy that used it before is done."""
+        while len(self._stages) < 2:
+            self._stages.append((self._device.pinned(nbytes), None))
+        host, used = self._stages[self._turn]
+        if used is not None:
+            used.synchronize()
+        if len(host) < nbytes:
+            # The smaller block stays until the engine closes: a reader may still look at it.
+            host = self._device.pinned(nbytes)
+            self._stages[self._turn] = (host, None)
+        return host
+
+    def _staged(self, done: Event) -> None:
+        self._stages[self._turn] = (self._stages[self._turn][0], done)
+        self._turn = 1 - self._turn
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        a, b = _own(source), _own(target)
+        if (a.spec.dtype, a.spec.shape) != (b.spec.dtype, b.spec.shape):
+            raise EngineError(f"cannot copy {a.spec.dtype}{list(a.spec.shape)} into {b.spec.dtype}{list(b.spec.shape)}")
+        stream, size = self._streams["transformer"], a.spec.nbytes
+        self._enqueue(stream, (a,), (b,), lambda: self._device.copy_rows(b.address, size, a.address, size, size, 1, stream))
+
+    def _enqueue(self, stream: Any, reads: Iterable[CudaBuffer], writes: Iterable[CudaBuffer], action: Callable[[], None]) -> Event:
+        """Run `action` on a stream after everything that its buffers wait for; returns the point after it."""
+        self._check_open()
+        reads, writes = tuple(reads), tuple(writes)
+        for buffer in (*reads, *writes):
+            if buffer.written is not None:
+                buffer.written.wait(stream)
+        for buffer in writes:
+            for event in buffer.readers.values():
+                event.wait(stream)
+        action()
+        done = Event(self._device, stream)
+        for buffer in reads:
+            buffer.readers[id(stream)] = done
+        for buffer in writes:
+            buffer.written = done
+            buffer.readers.clear()
+        return done
+
+    # programs
+
+    def load(self, program: str) -> None:
+        self._check_open()
+        if program in self._programs:
+            return
+        entry = self._bundle.manifest.programs.get(program)
+        if entry is None:
+            raise EngineError(f"the bundle has no program '{program}'; rebuild it with this version of sanawm")
+        plan = Plan.from_json(self._bundle.read(entry.file), entry.file)
+        if plan.arena > int(entry.extras["arena"]):
+            raise EngineError(f"{program}: its plan needs {plan.arena} bytes of scratch memory and the manifest promises {entry.extras['arena']}")
+        weights = str(entry.extras.get("weights", ""))
+        if weights not in self._parts:
+            table = read_table(self._bundle.read(weights), weights)
+            block, addresses = upload(self._device, self._streams["copy"], table, self._bundle)
+            self._parts[weights] = _Part(block, addresses, set())
+        for name in plan.kernels():
+            self._kernel(str(entry.extras.get("kernels", "")), name)
+        self._parts[weights].users.add(program)
+        self._programs[program] = _Program(plan, weights)
+
+    def _kernel(self, index: str, name: str) -> Loaded:
+        """A kernel on the device. Its cubin is loaded from the very bytes that matched the manifest's hash."""
+        if name not in self._functions:
+            if index not in self._indices:
+                self._indices[index] = read_index(self._bundle.read(index), index)
+            kernel = self._indices[index].get(name)
+            if kernel is None:
+                raise EngineError(f"{index} has no kernel {name}; rebuild the bundle")
+            image = self._bundle.read(f"{index.rpartition('/')[0]}/{kernel.file}")
+            self._functions[name] = Loaded(kernel, self._device.function(image, kernel.entry, kernel.shared_bytes))
+        return self._functions[name]
+
+    def unload(self, program: str) -> None:
+        found = self._programs.pop(program, None)
+        if found is None:
+            return
+        self._device.call("cuCtxSynchronize")
+        # A chunk's graph holds addresses of several programs' weights.
+        for _, graph in (*found.graphs.values(), *self._chunks.values()):
+            self._device.drop(graph)
+        self._chunks.clear()
+        part = self._parts[found.part]
+        part.users.discard(program)
+        if not part.users:
+            self._device.free(part.block)
+            del self._parts[found.part]
+
+    def run(self, program: str, buffers: Mapping[str, Buffer]) -> None:
+        self.load(program)
+        self._replay(program, program, buffers, {})
+
+    def euler(self, latents: Buffer, velocity: Buffer, size: float, keep_first: bool) -> None:
+        name = f"euler.{_own(latents).spec.shape[2]}"
+        self.load(name)
+        self._replay(name, name, {"latents": latents, "velocity": velocity}, {"size": float(np.float32(size)), "KEPT": int(keep_first)})
+
+    def _replay(self, program: str, label: str, buffers: Mapping[str, Buffer], scalars: Mapping[str, int | float]) -> None:
+        """Launch the graph of a program for these buffers, recording it the first time."""
+        loaded = self._programs[program]
+        bound = {name: self._bound(loaded, name, buffers) for name, b in loaded.plan.buffers.items() if b.role in ("input", "output")}
+        stream = self._streams[_stream_of(loaded.part)]
+        key = (*(bound[name].address for name in sorted(bound)), *sorted(scalars.items()))
+        if key not in loaded.graphs:
+            steps = self._bind(loaded, bound, scalars)
+            with self._device.record(stream) as made:
+                steps.enqueue(self._device, stream)
+            if len(loaded.graphs) >= GRAPHS:
+                self._device.call("cuStreamSynchronize", stream)
+                self._device.drop(loaded.graphs.popitem(last=False)[1][1])
+            loaded.graphs[key] = (steps, made[0])
+        loaded.graphs.move_to_end(key)
+        graph = loaded.graphs[key][1]
+        roles = {name: loaded.plan.buffers[name].role for name in bound}
+        reads = [bound[name] for name, role in roles.items() if role == "input"]
+        writes = [bound[name] for name, role in roles.items() if role == "output"]
+        self._enqueue(stream, reads, writes, lambda: self._device.call("cuGraphLaunch", graph, stream))
+
+    def run_chunk(
+        self, kind: str, buffers: Mapping[str, Buffer], timesteps: NDArray[np.float32], sizes: Sequence[float], keep_first: bool
+    ) -> None:
+        """A chunk's denoising steps and its clean pass as one graph: what `denoise_<kind>` and `euler` step by step and `commit_<kind>` do.
+
+        buffers: all inputs and outputs of both programs; `latents` are denoised in place, `timestep` and `velocity` are scratch. timesteps
+        (steps, frames); sizes: sigma - sigma_next of each step.
+        """
+        denoise, commit = f"denoise_{kind}", f"commit_{kind}"
+        euler = f"euler.{timesteps.shape[1]}"
+        for name in (denoise, commit, euler):
+            self.load(name)
+        bound = {
+            name: self._bound(self._programs[program], name, buffers)
+            for program in (denoise, commit)
+            for name, b in self._programs[program].plan.buffers.items()
+            if b.role in ("input", "output")
+        }
+        table = self._timestep_rows(timesteps)
+        stream = self._streams["transformer"]
+        written = {"latents", "timestep", "velocity"} | {n for n, b in self._programs[commit].plan.buffers.items() if b.role == "output"}
+        key = (kind, table.address, keep_first, *sizes, *(bound[name].address for name in sorted(bound)))
+        if key not in self._chunks:
+            scalars = [{"size": float(np.float32(size)), "KEPT": int(keep_first)} for size in sizes]
+            steps = [self._bind(self._programs[euler], bound, numbers) for numbers in scalars]
+            first, last = (self._bind(self._programs[name], bound, {}) for name in (denoise, commit))
+            row = timesteps.shape[1] * 4
+            with self._device.record(stream) as made:
+                for i, step in enumerate(steps):
+                    self._device.copy_rows(bound["timestep"].address, row, table.address + i * row, row, row, 1, stream)
+                    first.enqueue(self._device, stream)
+                    step.enqueue(self._device, stream)
+                last.enqueue(self._device, stream)
+            if len(self._chunks) >= GRAPHS:
+                self._device.call("cuStreamSynchronize", stream)
+                self._device.drop(self._chunks.popitem(last=False)[1][1])
+            self._chunks[key] = ([first, *steps, last], made[0])
+        self._chunks.move_to_end(key)
+        graph = self._chunks[key][1]
+        reads = [table, *(buffer for name, buffer in bound.items() if name not in written)]
+        self._enqueue(stream, reads, [bound[name] for name in sorted(written)], lambda: self._device.call("cuGraphLaunch", graph, stream))
+
+    def _timestep_rows(self, timesteps: NDArray[np.float32]) -> CudaBuffer:
+        """The rows on the device; a schedule's rows are sent once."""
+        key = timesteps.tobytes()
+        if key not in self._rows:
+            self._rows[key] = self.allocate(TensorSpec("timesteps", "float32", timesteps.shape))
+            self.write(self._rows[key], timesteps)
+        return self._rows[key]
+
+    def _bind(self, loaded: _Program, bound: Mapping[str, CudaBuffer], scalars: Mapping[str, int | float]) -> BoundProgram:
+        name = _stream_of(loaded.part)
+        if name not in self._arenas:
+            self._arenas[name] = self._device.allocate(self._arena_bytes[name])
+        addresses = {key: buffer.address for key, buffer in bound.items()}
+        return BoundProgram(loaded.plan, self._functions.__getitem__, addresses, self._parts[loaded.part].addresses, self._arenas[name], scalars)
+
+    def _bound(self, loaded: _Program, name: str, buffers: Mapping[str, Buffer]) -> CudaBuffer:
+        wanted, given = loaded.plan.buffers[name], buffers.get(name)
+        if given is None:
+            raise EngineError(f"{loaded.plan.program} needs a buffer for '{name}', and none was bound")
+        buffer = _own(given)
+        if (buffer.spec.dtype, buffer.spec.shape) != (wanted.dtype, wanted.shape):
+            found = f"{buffer.spec.dtype}{list(buffer.spec.shape)}"
+            raise EngineError(f"{loaded.plan.program} takes {wanted.dtype}{list(wanted.shape)} for '{name}', found {found}")
+        return buffer
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed; open the world again")
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        for program in list(self._programs):
+            self.unload(program)
+        self._rows.clear()
+        for arena in self._arenas.values():
+            self._device.free(arena)
+        self._arenas.clear()
+        self._closed = True
+        self._device.close()
+
+
+def _stream_of(weights: str) -> str:
+    """Which stream a part's programs run on, by its weight table."""
+    return "transformer" if weights.rpartition("/")[2].startswith("dit") else "other"
+
+
+def _own(buffer: Buffer) -> CudaBuffer:
+    if not isinstance(buffer, CudaBuffer):
+        raise EngineError(f"{buffer.spec.name} is a buffer of another engine")
+    return buffer

@@ -1,0 +1,1 @@
+"""Training of the tiny world that ships with the package."""
