@@ -37,7 +37,8 @@ Progress = Callable[[str, int, int], None]
 class BuildRequest:
     """What to build and from what.
 
-    `latent_frames` fixes the first chunk's length by its remainder (clips of 24k + 1 frames have 3k + 1 latent frames).
+    `latent_frames` fixes the first chunk's length by its remainder (clips of 24k + 1 frames have 3k + 1 latent frames). `calibration` (the file
+    of `sanawm calibrate`) and `gdn` ("plugin" or "matmul") are for the TensorRT engines.
     """
 
     checkpoint: Checkpoint
@@ -45,6 +46,8 @@ class BuildRequest:
     engine: str
     precision: str
     latent_frames: int = 121
+    calibration: Path | None = None
+    gdn: str = "plugin"
 
 
 def open_prompt(checkpoint: Checkpoint) -> PromptTokenizer:
@@ -161,8 +164,17 @@ def _build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, pr
     return build_cuda(request, out, overwrite=overwrite, progress=progress)
 
 
+def _build_tensorrt(request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
+    from sanawm_export.tensorrt.build import TensorRTOptions, build_tensorrt  # needs the library, which the other engines do not
+
+    options = TensorRTOptions(gdn=request.gdn, calibration=request.calibration)  # type: ignore[arg-type]
+    return build_tensorrt(request, out, overwrite=overwrite, progress=progress, options=options)
+
+
 # Engines this version can build, by the names of the target table.
 BUILDERS: dict[str, EngineBuilder] = {
     "onnxruntime": EngineBuilder(build_onnxruntime, "fp32"),
+    "tensorrt_rtx": EngineBuilder(_build_tensorrt, "bf16"),
+    "tensorrt": EngineBuilder(_build_tensorrt, "bf16"),
     "cuda": EngineBuilder(_build_cuda, "bf16"),
 }

@@ -72,12 +72,14 @@ def export(
 @click.option("--target", required=True, help="rtx5090, rtx4090, h200, sm_120, cpu, ...")
 @click.option("--engine", help="Engine, where several serve the target; default: the target's first.")
 @click.option("--precision", default=None, help="fp32, bf16, fp8, nvfp4, mixed or a recipe; default: the engine's.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="File of `sanawm calibrate`; quantized TensorRT precisions need it.")
+@click.option("--gdn", type=click.Choice(["plugin", "matmul"]), default="plugin", show_default=True, help="Recurrent blocks in TensorRT engines.")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle directory to create.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
 @json_option
 def build_engine(
     source: str, revision: str | None, offline: bool, text_encoder: str | None, vae: str | None, frames: int,
-    target: str, engine: str | None, precision: str | None, out: Path, overwrite: bool, as_json: bool,
+    target: str, engine: str | None, precision: str | None, calibration: Path | None, gdn: str, out: Path, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Build an engine bundle for a target; no GPU is needed."""
     from sanawm_export.build import BUILDERS, BuildRequest
@@ -90,8 +92,10 @@ def build_engine(
         raise UserError(f"the {chosen} engine does not serve {place.name}; use --engine {' or '.join(place.engines)}")
     if chosen not in BUILDERS:
         raise UserError(f"this version builds {', '.join(BUILDERS)} engines, and {place.name} is served by {chosen}; use --target cpu")
+    if calibration is not None and chosen not in ("tensorrt_rtx", "tensorrt"):
+        raise UserError(f"the {chosen} engine does not read --calibration yet; drop it or choose --engine tensorrt_rtx")
     found = _open(source, revision, offline, text_encoder, vae)
-    request = BuildRequest(found, place, chosen, precision or BUILDERS[chosen].default_precision, latent_frames(frames))
+    request = BuildRequest(found, place, chosen, precision or BUILDERS[chosen].default_precision, latent_frames(frames), calibration, gdn)
     with progress() as bar:
         task = bar.add_task("reading", total=None)
 

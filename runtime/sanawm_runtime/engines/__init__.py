@@ -23,7 +23,18 @@ def _cuda(bundle: Bundle, threads: int | None) -> Engine:
     return CudaEngine(bundle)
 
 
-_ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {"onnxruntime": _onnxruntime, "cuda": _cuda}
+def _tensorrt(bundle: Bundle, threads: int | None) -> Engine:
+    from sanawm_runtime.engines.tensorrt import TensorRTEngine
+
+    return TensorRTEngine(bundle)
+
+
+_ENGINES: dict[str, Callable[[Bundle, int | None], Engine]] = {
+    "onnxruntime": _onnxruntime,
+    "tensorrt_rtx": _tensorrt,
+    "tensorrt": _tensorrt,
+    "cuda": _cuda,
+}
 
 
 def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
