@@ -15,6 +15,7 @@ from sanawm.errors import UserError
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "demo": ("sanawm.demo", "demo", "Make a tiny world and stream a clip from it: the whole path on a CPU.", "cpu,export"),
     "checkpoint": ("sanawm.model.checkpoint.cli", "checkpoint", "Synthesize or inspect checkpoints.", "export"),
+    "calibrate": ("sanawm_calibration.cli", "calibrate", "Record what quantization needs to know about a checkpoint.", "export"),
     "export": ("sanawm_export.cli", "export", "Write a checkpoint's programs as ONNX graphs.", "export"),
     "build-engine": ("sanawm_export.cli", "build_engine", "Build an engine bundle for a target.", "export"),
     "kernels": ("sanawm_kernels.aot.cli", "kernels_group", "Compile the Triton kernels ahead of time for a target.", "export"),

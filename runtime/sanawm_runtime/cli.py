@@ -31,7 +31,10 @@ from sanawm_runtime.signals import orderly_termination
 @click.option("--pictures", is_flag=True, help="Also write a contact sheet, the camera path and a timeline as PNGs.")
 @click.option("--threads", type=int, help="CPU threads; default: all cores.")
 @click.option("--at-end", type=click.Choice(["stop", "continue"]), default="stop", show_default=True, help="After 8185 frames.")
-@click.option("--trusted-key", "trusted", multiple=True, type=click.Path(path_type=Path), help="Public key that must have signed BUNDLE.")
+@click.option(
+    "--trusted-key", "trusted", multiple=True, type=click.Path(path_type=Path), envvar="SANAWM_TRUSTED_KEYS", show_envvar=True,
+    help="Public key that must have signed BUNDLE; with several, one of them.",
+)  # fmt: skip
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps encoded prompts between runs.")
 @json_option
 def run(

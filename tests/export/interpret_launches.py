@@ -54,34 +54,51 @@ def _value(argument: Argument, kind: str, inputs: list[torch.Tensor], outputs: l
     return base[int(argument.value) // base.element_size() :]
 
 
-def main(has_state: bool, commit: bool, carry: bool) -> dict[str, float]:
+def random_case(problem: Problem, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Inputs of a problem: projections, gates and weights in `dtype`, tables, rays, decay logits and states in float32."""
     generator = torch.Generator().manual_seed(7)
-    B, H, D, T, S = 1, 2, 16, 2, 12
-    C, N = H * D, T * S
-    problem = Problem(
-        B, H, D, T, S, key_scale=(D * S) ** -0.5, kind="fp32", weight_kind="fp32", gate_kind="fp32", precision="ieee",
-        has_state=has_state, commit=commit, camera_carry=carry,
-    )  # fmt: skip
+    B, H, D, T, S, C = problem.batch, problem.heads, problem.head_dim, problem.frames, problem.tokens, problem.channels
+    N = T * S
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
     angle = random(N, D // 2)
     rays = torch.eye(4).expand(1, N, 4, 4) + 0.2 * random(1, N, 4, 4)
-    operands = {
+    rounded = {
         "qkv": random(B, N, 3 * C), "camera_q": random(B, N, C), "camera_k": random(B, N, C), "camera_v": random(B, N, C),
-        "beta": random(B, N, H), "decay_logits": random(B, T, H), "A_log": random(H), "dt_bias": random(H),
-        "main_conv": random(C, 4), "main_q_norm": random(C), "main_k_norm": random(C), "cos": angle.cos(), "sin": angle.sin(),
-        "camera_conv": random(C, 4), "camera_q_norm": random(C), "camera_k_norm": random(C),
-        "rays": rays.contiguous(), "rays_inverse": torch.linalg.inv(rays).contiguous(),
-        "camera_cos": angle[:, : D // 4].cos().contiguous(), "camera_sin": angle[:, : D // 4].sin().contiguous(),
+        "beta": random(B, N, H), "A_log": random(H), "dt_bias": random(H), "main_conv": random(C, 4), "main_q_norm": random(C),
+        "main_k_norm": random(C), "camera_conv": random(C, 4), "camera_q_norm": random(C), "camera_k_norm": random(C),
     }  # fmt: skip
-    if has_state:
-        operands |= {name: random(*o.shape) for name, o in state_operands(problem).items()}
-    names = list(operands)
+    exact = {
+        "decay_logits": random(B, T, H), "cos": angle.cos(), "sin": angle.sin(), "rays": rays, "rays_inverse": torch.linalg.inv(rays),
+        "camera_cos": angle[:, : D // 4].cos(), "camera_sin": angle[:, : D // 4].sin(),
+    }  # fmt: skip
+    if problem.has_state:
+        states = {name: (random(*o.shape), o.dtype) for name, o in state_operands(problem).items()}
+        # The normaliser is a sum of keys, which are not negative; a denominator around zero would amplify every rounding.
+        states["z"] = (states["z"][0].abs(), "float32")
+        rounded |= {name: x for name, (x, kind) in states.items() if kind != "float32"}
+        exact |= {name: x for name, (x, kind) in states.items() if kind == "float32"}
+    return {name: x.to(dtype).contiguous() for name, x in rounded.items()} | {name: x.contiguous() for name, x in exact.items()}
+
+
+def places_of(problem: Problem, operands: dict[str, torch.Tensor]) -> dict[str, Placed]:
+    """Every input a tensor of its own, but the main branch's projections, which lie in one."""
+    names, C = list(operands), problem.channels
     places = {name: Placed(i, 0, C) for i, name in enumerate(names) if name != "qkv"}
-    places["beta"] = Placed(names.index("beta"), 0, H)
-    places |= {f"main_{part}": Placed(names.index("qkv"), 4 * C * i, 3 * C) for i, part in enumerate("qkv")}
+    places["beta"] = Placed(names.index("beta"), 0, problem.heads)
+    size = operands["qkv"].element_size()
+    return places | {f"main_{part}": Placed(names.index("qkv"), size * C * i, 3 * C) for i, part in enumerate("qkv")}
+
+
+def main(has_state: bool, commit: bool, carry: bool) -> dict[str, float]:
+    D, S = 16, 12
+    problem = Problem(
+        1, 2, D, 2, S, key_scale=(D * S) ** -0.5, kind="fp32", weight_kind="fp32", gate_kind="fp32", precision="ieee",
+        has_state=has_state, commit=commit, camera_carry=carry,
+    )  # fmt: skip
+    operands = random_case(problem, torch.float32)
     described = [Operand("float32", tuple(t.shape)) for t in operands.values()]
     kept: list[Any] = []
 
@@ -89,14 +106,16 @@ def main(has_state: bool, commit: bool, carry: bool) -> dict[str, float]:
         kept.extend(variants)
         return pretend(variants)
 
-    launches = LaunchList.from_fields(*gdn_launches(problem, "sm_80", described, places, compile_variants).to_fields())
-    found = dict(zip(output_operands(problem), run(launches, kept, [operands[n] for n in names]), strict=True))
-    wanted = _definition(problem, {n: t.double() for n, t in operands.items()})
+    made = gdn_launches(problem, "sm_80", described, places_of(problem, operands), compile_variants)
+    launches = LaunchList.from_fields(*made.to_fields())
+    found = dict(zip(output_operands(problem), run(launches, kept, list(operands.values())), strict=True))
+    wanted = definition(problem, {n: t.double() for n, t in operands.items()})
     assert set(found) <= set(wanted)
     return {name: float((found[name] - wanted[name]).abs().max() / wanted[name].abs().max()) for name in found}
 
 
-def _definition(problem: Problem, t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def definition(problem: Problem, t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Outputs and new state by the plain definition."""
     gates = Gates(t["beta"], t["decay_logits"], t["A_log"], t["dt_bias"])
     q, k, v = t["qkv"].split(problem.channels, -1)
     common: dict[str, Any] = {"chunks": (problem.frames,), "key_scale": problem.key_scale}

@@ -18,6 +18,7 @@ from sanawm.model.checkpoint.synth import synthesize
 from sanawm_calibration.roles import quantizable
 from sanawm_calibration.store import Calibration, write
 from sanawm_export.build import BuildRequest
+from sanawm_export.tensorrt import build as build_module
 from sanawm_export.tensorrt.build import TensorRTOptions, build_tensorrt
 from sanawm_runtime.bundle import Bundle
 from sanawm_runtime.targets import resolve_target
@@ -61,6 +62,11 @@ def make(folder: Path) -> tuple[Path, Path, Path]:
     return checkpoint, folder / "calibration.json", folder / "everything.toml"
 
 
+def freeze_sources() -> None:
+    """Let builds of this process take the package's sources for unchanged: tests may run while they are edited."""
+    build_module.sources_digest = lambda: "frozen"  # type: ignore[assignment]
+
+
 def build(checkpoint: Path, calibration: Path, precision: str, out: Path, cache: Path, target: str = "rtx5090", **options: Any) -> Bundle:
     """The bundle of a small checkpoint; `progress` and `overwrite` as for `build_tensorrt`, other options as in `TensorRTOptions`."""
     given = {name: options.pop(name) for name in ("progress", "overwrite") if name in options}
@@ -69,5 +75,6 @@ def build(checkpoint: Path, calibration: Path, precision: str, out: Path, cache:
 
 
 if __name__ == "__main__":
+    freeze_sources()
     paths = [Path(text) for text in sys.argv[1:]]
     build(*paths[:2], str(paths[2]), paths[3], paths[4], progress=lambda *event: print(*event, flush=True), overwrite=True)

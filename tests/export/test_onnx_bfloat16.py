@@ -18,6 +18,7 @@ from sanawm.config import DiTConfig, tiny_config
 from sanawm.programs import Geometry, programs
 from sanawm_export.onnx.cpu import widen_bfloat16
 from sanawm_export.onnx.export import export_part, program_module
+from sanawm_runtime.engines.onnxruntime import session_options
 
 SMALL = DiTConfig(
     in_channels=6, hidden=64, depth=2, softmax_every=2, head_dim=16, cross_heads=2, caption_channels=16, text_tokens=6, height=2, width=3
@@ -61,7 +62,7 @@ def test_graph_agrees_with_torch(exported: Path, geometry: Geometry, make_model:
         # The same rounded weights and inputs without further rounding.
         wide = {n: x.double() if x.is_floating_point() and n != "timestep" else x for n, x in inputs.items()}
         truth = program_module(program, exact)(*wide.values())[0].numpy()
-    session = onnxruntime.InferenceSession(str(exported / "denoise_first.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(exported / "denoise_first.onnx"), session_options(), providers=["CPUExecutionProvider"])
     kinds = {t.name: t.type for t in session.get_inputs()}
     binding = session.io_binding()
     for name, x in inputs.items():
@@ -114,7 +115,7 @@ def test_rounding_is_kept(tmp_path: Path) -> None:
     x = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.BFLOAT16, [2])
     small = onnx.helper.make_tensor("c", onnx.TensorProto.BFLOAT16, [1], to_bits(np.array([2**-8], np.float32)).tobytes(), raw=True)
     model = widen_bfloat16(small_graph(onnx.helper.make_node("Add", ["x", "c"], ["y"]), [x], [small]))
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
     bits, result = to_bits(np.array([1.0, 0.25], np.float32)), np.zeros(2, np.uint16)
     binding = session.io_binding()
     values = [onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(a, onnx.TensorProto.BFLOAT16) for a in (bits, result)]

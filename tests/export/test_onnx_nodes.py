@@ -19,6 +19,7 @@ from sanawm_export.onnx.trace import trace
 from sanawm_export.onnx.weights import link_weights, write_weights
 from sanawm_kernels import ops
 from sanawm_kernels.gdn.naive import Gates
+from sanawm_runtime.engines.onnxruntime import session_options
 
 T, S, H, D = 3, 4, 2, 8
 N, C = T * S, H * D
@@ -59,7 +60,7 @@ def main_session(request: pytest.FixtureRequest) -> onnxruntime.InferenceSession
     inputs = MAIN | (STATE if request.param == "carried" else {})
     model = trace(program(inputs, MAIN_OUTPUTS), Call(main_gdn))
     assert [node.op_type for node in model.graph] == ["MainGDN"] and [f.name for f in model.functions.values()] == ["MainGDN"]
-    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), session_options(), providers=["CPUExecutionProvider"])
 
 
 def values(session: onnxruntime.InferenceSession, seed: int = 0) -> dict[str, np.ndarray]:
@@ -171,7 +172,7 @@ def test_linked_weights_are_the_modules(tmp_path: Path) -> None:
     link_weights(model, tmp_path / "w.safetensors", ("inner.",))
     (tmp_path / "g.onnx").write_bytes(ir.to_proto(model).SerializeToString())
     assert (tmp_path / "g.onnx").stat().st_size < 1000
-    session = onnxruntime.InferenceSession(str(tmp_path / "g.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(tmp_path / "g.onnx"), session_options(), providers=["CPUExecutionProvider"])
     x = torch.randn(1, 64)
     (found,) = session.run(None, {"x": x.numpy()})
     # One product of 64 terms in float32.

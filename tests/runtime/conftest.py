@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sys
 import threading
 import time
@@ -49,6 +50,15 @@ def world(toy_bundle: Path, toy_engine: None) -> Iterator[World]:
     with World.open(toy_bundle) as opened:
         yield opened
         assert opened.engine.overlaps == 0
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Commands called in this process set up logs on a stream that ends with their test."""
+    logger = logging.getLogger("sanawm")
+    before = (list(logger.handlers), logger.level, logger.propagate)
+    yield
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture

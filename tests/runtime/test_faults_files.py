@@ -51,7 +51,8 @@ def fill_disk_after(monkeypatch, appends, partly=100):
 @pytest.mark.parametrize(("appends", "frames"), [(0, None), (1, 25), (3, 73)])
 def test_a_full_disk_keeps_the_chunks_already_written(world, picture, tmp_path, monkeypatch, appends, frames):
     fill_disk_after(monkeypatch, appends)
-    with pytest.raises(InputError, match="No space left on device; free space"):
+    kept = "" if frames is None else f"; the {frames} frames before are kept"
+    with pytest.raises(InputError, match=f"No space left on device; free space or choose another place{kept}$"):
         generate_clip(world, request(picture), [tmp_path / "clip.mp4"])
     if frames is None:
         assert not list(tmp_path.iterdir())
@@ -202,6 +203,21 @@ def test_a_cache_stays_within_its_size_and_forgets_what_was_not_used(tmp_path):
         os.utime(cache._place("key 0"), (100, 100))
     kept = [number for number in range(8) if cache.get(f"key {number}", 1000)]
     assert kept == [0, 4, 5, 6, 7]
+
+
+def test_an_entry_that_another_process_removes_first_is_no_error(tmp_path, monkeypatch):
+    cache = Cache(tmp_path, max_bytes=3000)
+    cache.put("old", b"1" * 2000)
+    real = os.unlink
+
+    def beaten(path, *arguments, **options):
+        real(path, *arguments, **options)
+        real(path, *arguments, **options)
+
+    monkeypatch.setattr("sanawm_runtime.cache.os.unlink", beaten)
+    assert cache.put("new", b"2" * 2000)
+    monkeypatch.undo()
+    assert cache.get("new", 2000) and cache.get("old", 2000) is None
 
 
 def hammer(folder, seed, rounds, queue):

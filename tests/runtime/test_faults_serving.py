@@ -93,7 +93,10 @@ def test_a_client_that_vanishes_frees_its_world_after_a_while(world, serving, ev
         assert len(world.engine.calls) == count
 
 
-def test_a_client_that_vanishes_while_its_world_starts_leaves_nothing(world, serving, eventually):
+def test_a_client_that_vanishes_while_its_world_starts_leaves_nothing(world, serving, eventually, monkeypatch):
+    made = []
+    start = world.start
+    monkeypatch.setattr(world, "start", lambda *arguments, **options: made.append(start(*arguments, **options)) or made[-1])
     started = threading.Event()
     released = threading.Event()
 
@@ -113,6 +116,7 @@ def test_a_client_that_vanishes_while_its_world_starts_leaves_nothing(world, ser
         released.set()
         world.engine.before_run = lambda name: None
         eventually(lambda: len(server.sessions) == 0)
+        eventually(lambda: made and made[0].closed)
         with Client(server.url) as other:
             other.start("b", png())
             assert other.chunk()

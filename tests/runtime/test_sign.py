@@ -231,3 +231,17 @@ def test_a_wrong_passphrase_is_a_sentence(bundle, tmp_path, monkeypatch, capsys)
         main(["sign", "sign", str(bundle), "--key", str(tmp_path / "maker.key")])
     assert stop.value.code == 2
     assert "passphrase" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["option", "environment"])
+@pytest.mark.parametrize("name", ["run", "serve"])
+def test_commands_refuse_what_is_not_signed(bundle, keys, how, name, toy_engine, monkeypatch, capsys):
+    arguments = {"run": ["--image", "none.png", "--prompt", "a", "--action", "w-24", "-o", "none.mp4"], "serve": ["--port", "0"]}[name]
+    if how == "option":
+        arguments += ["--trusted-key", str(keys[1])]
+    else:
+        monkeypatch.setenv("SANAWM_TRUSTED_KEYS", str(keys[1]))
+    with pytest.raises(SystemExit) as stop:
+        main([name, str(bundle), *arguments])
+    assert stop.value.code == 2
+    assert "is not signed, and a signature is required" in capsys.readouterr().err

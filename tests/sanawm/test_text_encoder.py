@@ -17,6 +17,7 @@ from sanawm.config import tiny_config
 from sanawm.errors import CheckpointError
 from sanawm.model.checkpoint.synth import synthesize
 from sanawm.model.text import TextEncoder
+from sanawm_runtime.engines.onnxruntime import session_options
 
 LENGTH, TOKENS = 60, 24
 SELECTED = [0, *range(-TOKENS + 1, 0)]
@@ -86,7 +87,7 @@ def test_export(folder: Path, tmp_path: Path) -> None:
         verbose=False,
     )
     program.save(file)
-    session = onnxruntime.InferenceSession(file)
+    session = onnxruntime.InferenceSession(file, session_options())
     assert session.get_outputs()[0].shape == [1, TOKENS, encoder.model.config.hidden_size]
     for real in (40, 9):
         ids, mask = tokens(real, seed=real)

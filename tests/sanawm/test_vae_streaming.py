@@ -17,6 +17,7 @@ from sanawm.errors import InputError
 from sanawm.model.vae import FirstFrameDecoder, NextFrameDecoder, StreamingDecoder, VideoVAE
 from sanawm.model.vae.blocks import VideoConv
 from sanawm.vae_state import decoder_convs, state_shapes
+from sanawm_runtime.engines.onnxruntime import session_options
 
 CONFIG = tiny_config().vae
 # fp32 rounding through 13 convolutions at outputs of about 3: 2e-6 measured.
@@ -175,7 +176,7 @@ def to_onnx(program: torch.export.ExportedProgram, path: Path) -> onnxruntime.In
     converted = torch.onnx.export(program, dynamo=True, opset_version=23, verbose=False)
     assert converted is not None
     converted.save(path.with_suffix(".onnx"))
-    return onnxruntime.InferenceSession(path.with_suffix(".onnx"), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path.with_suffix(".onnx"), session_options(), providers=["CPUExecutionProvider"])
 
 
 def run(session: onnxruntime.InferenceSession, *inputs: torch.Tensor | np.ndarray) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from sanawm.model.sampler import StreamStep
 from sanawm.programs import ATTENTION_FIELDS, Geometry, camera_program, programs
 from sanawm.schedule import Chunk, chunk_grid, euler_step, first_chunk_frames, step_sizes, timestep_row
 from sanawm_export.onnx.export import export_part
+from sanawm_runtime.engines.onnxruntime import session_options
 
 if TYPE_CHECKING:
     from sanawm_export.parity import Recording
@@ -36,7 +37,7 @@ class _Graphs:
 
     def run(self, name: str, feeds: Arrays) -> Arrays:
         program = programs(self.geometry, ("dit",))[name]
-        options = onnxruntime.SessionOptions()
+        options = session_options()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(str(self.directory / f"{name}.onnx"), options, providers=["CPUExecutionProvider"])
         names = [t.name for t in program.outputs]

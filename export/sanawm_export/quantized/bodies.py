@@ -19,7 +19,7 @@ OPSET = 23
 def dynamic_quantize_body() -> onnx.FunctionProto:
     """(x, scale) -> (e2m1 values shaped as x, e4m3 scales of blocks of 16 along the last axis), for any rank.
 
-    Block scales are amax / 6 / scale rounded to e4m3 within [2^-9, 448]: the numerics of `sanawm_kernels.quant.formats.quantize_nvfp4`.
+    Block scales are amax / (6 scale) rounded to e4m3 within [2^-9, 448]: the numerics of `sanawm_kernels.quant.formats.quantize_nvfp4`.
     """
     nodes: list[onnx.NodeProto] = []
 
@@ -37,7 +37,7 @@ def dynamic_quantize_body() -> onnx.FunctionProto:
     blocks = add("Reshape", [wide, block_shape], "blocks")
     last = constant("last_axis", [-1])
     amax = add("ReduceMax", [add("Abs", [blocks], "magnitude"), last], "amax", keepdims=0)
-    wanted = add("Div", [add("Div", [amax, constant("largest", E2M1_MAX)], "sixth"), "scale"], "wanted")
+    wanted = add("Div", [amax, add("Mul", [constant("largest", E2M1_MAX), "scale"], "six_scales")], "wanted")
     clipped = add("Clip", [wanted, constant("smallest", E4M3_SMALLEST), constant("top", E4M3_MAX)], "clipped")
     add("Cast", [clipped], "y_scale", to=TensorProto.FLOAT8E4M3FN)
     step = add("Mul", [add("Cast", ["y_scale"], "rounded", to=TensorProto.FLOAT), "scale"], "step")

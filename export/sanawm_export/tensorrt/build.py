@@ -97,7 +97,7 @@ def build_tensorrt_targets(
         cache = EngineCache(chosen.cache or scratch / "cache")
         processes = stack.enter_context(BuildProcesses(library, scratch, chosen.memory, chosen.processes))
         facts = _facts(first) | source.facts()
-        targets = [_Target(r, writer, _lowering(stack, library, r, chosen)) for (r, _), writer in zip(requests, writers, strict=True)]
+        targets = [_Target(r, writer, _lowering(stack, library, r, chosen, cache)) for (r, _), writer in zip(requests, writers, strict=True)]
         _Run(source, cache, processes, targets, facts, progress).run(scratch)
         for target in targets:
             target.collect(geometry, "link" if chosen.cache else "copy")
@@ -123,11 +123,11 @@ def _check_machine(library: Library, requests: Sequence[BuildRequest]) -> None:
             raise UserError(f"{library.title} builds for the GPU it runs on, and {found}; build where there is a {request.target.name}")
 
 
-def _lowering(stack: contextlib.ExitStack, library: Library, request: BuildRequest, options: TensorRTOptions) -> Lowering:
+def _lowering(stack: contextlib.ExitStack, library: Library, request: BuildRequest, options: TensorRTOptions, cache: EngineCache) -> Lowering:
     capability = request.target.capability
     assert capability is not None
     compiler = stack.enter_context(KernelCompiler(capability, options.processes))
-    return Lowering(library, capability, options.gdn, compiler, options.engine)
+    return Lowering(library, capability, options.gdn, compiler, options.engine, cache.timing_file(library.engine, library.version, capability))
 
 
 def _facts(request: BuildRequest) -> dict[str, Any]:

@@ -79,6 +79,10 @@ class EngineCache:
         except OSError as error:
             raise UserError(f"cannot write the engine cache {self.root} ({error.strerror or error}); free space or give another place") from error
 
+    def timing_file(self, *facts: str) -> Path:
+        """Where a library keeps kernel timings of one version and target."""
+        return self.root / "timing" / "-".join(facts)
+
     def remember(self, request: str, key: str) -> None:
         """Note which content key a request led to."""
         place = self._folder("requests", request)

@@ -19,6 +19,7 @@ class Job:
     """What to build: a lowered graph whose weights lie in `folder`, for a target, into the new file `out`.
 
     asked: precision of each layer. plugins: the graph has plugin nodes. weight_bytes: of the weights it uses, for the memory estimate.
+    timing_cache: where kernel timings are kept, for a library that times kernels.
     """
 
     engine: EngineName
@@ -31,6 +32,7 @@ class Job:
     asked: dict[str, str] = field(default_factory=dict)
     plugins: bool = False
     weight_bytes: int = 0
+    timing_cache: Path | None = None
 
     @property
     def memory(self) -> int:
@@ -45,7 +47,7 @@ class Job:
         data: dict[str, Any] = json.loads(text)
         program = data.pop("program")
         sides = [tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"]), t["meaning"]) for t in program[side]) for side in ("inputs", "outputs")]
-        paths = {name: Path(data.pop(name)) for name in ("graph", "folder", "out")}
+        paths = {name: Path(text) if (text := data.pop(name)) else None for name in ("graph", "folder", "out", "timing_cache")}
         return cls(**data | paths | {"program": Program(program["name"], *sides), "options": BuildOptions(**data["options"])})
 
 

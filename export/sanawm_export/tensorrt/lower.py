@@ -27,6 +27,7 @@ class Lowering:
     gdn: GDN
     compiler: KernelCompiler
     options: BuildOptions = field(default_factory=BuildOptions)
+    timing_cache: Path | None = None
     weights: WeightDigests = field(default_factory=WeightDigests)
 
     def job(self, program: Program, exported: Path, folder: Path, recipe: Mapping[str, str] | None = None) -> tuple[Job, str, dict[str, Any]]:
@@ -53,7 +54,7 @@ class Lowering:
         }  # fmt: skip
         job = Job(
             self.library.engine, self.capability, program, lowered, exported.parent, engine, self.options, asked, bool(launches),
-            sum(tensor.nbytes for tensor in used.values()),
+            sum(tensor.nbytes for tensor in used.values()), self.timing_cache,
         )  # fmt: skip
         kernels = {row["name"]: row for made in launches for row in describe(made)}
         return job, digest(facts), {"gdn": self.gdn if launches else None, "kernels": list(kernels.values())}

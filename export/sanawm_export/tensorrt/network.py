@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,28 @@ def configure(library: Library, network: Network, capability: str, options: Buil
     if not options.tf32:
         config.clear_flag(trt.BuilderFlag.TF32)
     return config
+
+
+def use_timing_cache(library: Library, config: Any, path: Path | None) -> None:
+    """Start from kernel timings of earlier builds, where the library times kernels; an unsuitable file is replaced. TensorRT-RTX times none."""
+    if path is None or library.ahead_of_time:
+        return
+    stored = path.read_bytes() if path.is_file() else b""
+    for data in (stored, b""):
+        cache = config.create_timing_cache(data)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return
+
+
+def keep_timing_cache(library: Library, config: Any, path: Path | None) -> None:
+    """Write the timings back; the file appears only when it is complete."""
+    if path is None or library.ahead_of_time:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(memoryview(config.get_timing_cache().serialize()))
+    os.replace(temporary, path)
 
 
 def serialize(library: Library, network: Network, config: Any, write: Callable[[memoryview], object]) -> None:

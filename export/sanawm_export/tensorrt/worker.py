@@ -33,6 +33,7 @@ def build(job: Job) -> Built:
     parsed = network.parse(library, job.graph.read_bytes(), job.folder, plugins=job.plugins)
     network.check_signature(library, parsed, job.program.inputs, job.program.outputs)
     config = network.configure(library, parsed, job.capability, job.options)
+    network.use_timing_cache(library, config, job.timing_cache)
     digest = hashlib.sha256()
     with open(job.out, "xb") as file:
 
@@ -41,6 +42,7 @@ def build(job: Job) -> Built:
             digest.update(data)
 
         network.serialize(library, parsed, config, write)
+    network.keep_timing_cache(library, config, job.timing_cache)
     seconds, size = time.perf_counter() - started, job.out.stat().st_size
     common: dict[str, Any] = {"seconds": seconds, "size": size, "sha256": digest.hexdigest(), "library": library.title}
     warnings = tuple(dict.fromkeys(logger(library)[1].take()))

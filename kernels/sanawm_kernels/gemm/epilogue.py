@@ -1,7 +1,8 @@
 """Triton epilogue that every product shares: from float32 sums to stored, gated, residual and quantized outputs.
 
-In order: bias, SiLU or a gated linear unit, a summand, the product with SiLU of a gate, the gate of the frame, the residual stream, an extra
-summand. Absent operands are None. Whatever reads the result again (a quantization, a sum of squares) reads it as it is stored, after its rounding.
+In order: the operands' scales, bias, SiLU or a gated linear unit, a summand, the product with SiLU of a gate, the gate of the frame, the residual
+stream, an extra summand. Absent operands are None. Whatever reads the result again (a quantization, a sum of squares) reads it as it is stored, after
+its rounding.
 """
 
 from __future__ import annotations
@@ -19,11 +20,28 @@ def halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def _descale(acc, row, column, M, N: tl.constexpr, a_scale, b_scale, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
+    """Multiply sums by the operands' float32 scales: None, one, or (A_ROWS, B_ROWS) one a row of the operand."""
+    if a_scale is not None:
+        if A_ROWS:
+            acc *= tl.load(a_scale + row, mask=row < M, other=0.0)[:, None]
+        else:
+            acc *= tl.load(a_scale)
+    if b_scale is not None:
+        if B_ROWS:
+            acc *= tl.load(b_scale + column, mask=column < N, other=0.0)[None, :]
+        else:
+            acc *= tl.load(b_scale)
+    return acc
+
+
+@triton.jit
 def finish_tile(
-    acc, acc_gate, tile_m, tile_n, M,
+    acc, acc_gate, tile_m, tile_n, M, a_scale, b_scale,
     bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
     out, codes, scales, quant_scale, squares,
-    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICES: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr, GLU: tl.constexpr,
+    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICES: tl.constexpr,
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr, GLU: tl.constexpr,
     QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Finish and store the tile (tile_m, tile_n) of an (M, N) result in SLICES (1, 2 or 4) column slices, one after the other.
@@ -32,8 +50,9 @@ def finish_tile(
     """
     if SLICES == 1:
         _finish(
-            acc, acc_gate, tile_m, tile_n, M, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row,
-            extra, extra_row, out, codes, scales, quant_scale, squares, N, BM, BN, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+            acc, acc_gate, tile_m, tile_n, M, a_scale, b_scale,
+            bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
+            out, codes, scales, quant_scale, squares, N, BM, BN, A_ROWS, B_ROWS, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
     else:
         left, right = halves(acc, BM, BN)
@@ -41,23 +60,26 @@ def finish_tile(
         if GLU:
             left_gate, right_gate = halves(acc_gate, BM, BN)
         finish_tile(
-            left, left_gate, tile_m, 2 * tile_n, M, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row,
-            extra, extra_row, out, codes, scales, quant_scale, squares,
-            N, BM, BN // 2, SLICES // 2, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+            left, left_gate, tile_m, 2 * tile_n, M, a_scale, b_scale,
+            bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
+            out, codes, scales, quant_scale, squares,
+            N, BM, BN // 2, SLICES // 2, A_ROWS, B_ROWS, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
         finish_tile(
-            right, right_gate, tile_m, 2 * tile_n + 1, M, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row,
-            extra, extra_row, out, codes, scales, quant_scale, squares,
-            N, BM, BN // 2, SLICES // 2, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+            right, right_gate, tile_m, 2 * tile_n + 1, M, a_scale, b_scale,
+            bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
+            out, codes, scales, quant_scale, squares,
+            N, BM, BN // 2, SLICES // 2, A_ROWS, B_ROWS, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
-    acc, acc_gate, tile_m, tile_n, M,
+    acc, acc_gate, tile_m, tile_n, M, a_scale, b_scale,
     bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
     out, codes, scales, quant_scale, squares,
-    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr, GLU: tl.constexpr,
+    N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr, GLU: tl.constexpr,
     QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Finish and store one slice; acc_gate holds the gates of GLU. TOKENS rows share a frame gate, squares is (M, cdiv(N, BN))."""
@@ -65,6 +87,9 @@ def _finish(
     column = tile_n * BN + tl.arange(0, BN)
     inside = (row < M)[:, None] & (column < N)[None, :]
     row = row.to(tl.int64)
+    acc = _descale(acc, row, column, M, N, a_scale, b_scale, A_ROWS, B_ROWS)
+    if GLU:
+        acc_gate = _descale(acc_gate, row, N + column, M, 2 * N, a_scale, b_scale, A_ROWS, B_ROWS)
     if bias is not None:
         acc += tl.load(bias + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
         if GLU:

@@ -116,29 +116,11 @@ def gemm(
                     acc_gate = tl.dot(x, g, acc_gate, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
             a_at += STEP
             b_at += STEP
-        acc = _descale(acc, row, column, a_scale, b_scale, A_ROWS, B_ROWS)
-        if GLU:
-            acc_gate = _descale(acc_gate, row, column + N, a_scale, b_scale, A_ROWS, B_ROWS)
         finish_tile(
-            acc, acc_gate, tile_m, tile_n, M, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row,
-            extra, extra_row, out, codes, scales, quant_scale, squares, N, BM, BN, SLICES, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+            acc, acc_gate, tile_m, tile_n, M, a_scale, b_scale, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row,
+            residual, residual_row, extra, extra_row, out, codes, scales, quant_scale, squares,
+            N, BM, BN, SLICES, A_ROWS, B_ROWS, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
-
-
-@triton.jit
-def _descale(acc, row, column, a_scale, b_scale, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr):
-    """Multiply float32 sums by the operands' scales."""
-    if a_scale is not None:
-        if A_ROWS:
-            acc *= tl.load(a_scale + row)[:, None]
-        else:
-            acc *= tl.load(a_scale)
-    if b_scale is not None:
-        if B_ROWS:
-            acc *= tl.load(b_scale + column)[None, :]
-        else:
-            acc *= tl.load(b_scale)
-    return acc
 
 
 @triton.jit
@@ -202,10 +184,9 @@ def temporal_conv(
                 acc = tl.dot_scaled(x, x_steps, "e2m1", w, w_steps, "e2m1", acc)
             else:
                 acc = tl.dot(x, w, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
-        acc = _descale(acc, row, column, a_scale, b_scale, A_ROWS, B_ROWS)
         finish_tile(
-            acc, acc, tile_m, tile_n, M, None, add, add_row, None, 0, frame_gate, frame_gate_row, residual, residual_row, None, 0,
-            out, codes, scales, quant_scale, None, N, BM, BN, SLICES, FRAME, False, False, QUANT, SWIZZLED, NATIVE, BF16,
+            acc, acc, tile_m, tile_n, M, a_scale, b_scale, None, add, add_row, None, 0, frame_gate, frame_gate_row, residual, residual_row, None, 0,
+            out, codes, scales, quant_scale, None, N, BM, BN, SLICES, A_ROWS, B_ROWS, FRAME, False, False, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
 
 
@@ -229,6 +210,6 @@ def epilogue(
     if GLU:
         acc_gate = tl.load(at + N, mask=inside, other=0.0).to(tl.float32)
     finish_tile(
-        acc, acc_gate, tile_m, tile_n, M, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
-        out, codes, scales, quant_scale, squares, N, BM, BN, 1, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+        acc, acc_gate, tile_m, tile_n, M, None, None, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row,
+        extra, extra_row, out, codes, scales, quant_scale, squares, N, BM, BN, 1, False, False, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
     )  # fmt: skip

@@ -85,7 +85,7 @@ TILES: tuple[Row, ...] = (
         8,
         3,
         _DATE,
-        _INSPECTED + "128 registers on sm_90: two a multiprocessor",
+        _INSPECTED + "128 registers on sm_90: two programs a multiprocessor",
         {"kind": "fp8"},
     ),
     # sm_90 compiles this with Triton 3.9, which emulates it: good for numerics, never for speed.

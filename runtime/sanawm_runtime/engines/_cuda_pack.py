@@ -162,7 +162,7 @@ def _nvfp4_global(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _nvfp4_scales(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
     blocks = np.abs(rows).reshape(len(rows), -1, BLOCK).max(-1)
-    wanted = blocks / np.float32(E2M1_MAX) / _nvfp4_global(rows)
+    wanted = blocks / (np.float32(E2M1_MAX) * _nvfp4_global(rows))
     return to_e4m3(np.clip(wanted, np.float32(2.0**-9), np.float32(E4M3_MAX)))
 
 

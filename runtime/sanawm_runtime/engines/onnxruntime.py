@@ -44,6 +44,13 @@ def _library(threads: int | None) -> Any:
     return onnxruntime
 
 
+def session_options(threads: int | None = None) -> Any:
+    """ONNX Runtime's SessionOptions for a session in the process's one thread pool; beside that pool ONNX Runtime makes no others."""
+    options = _library(threads).SessionOptions()
+    options.use_per_session_threads = False
+    return options
+
+
 class _CpuBuffer(Buffer):
     """A numpy array shared with an OrtValue."""
 
@@ -95,8 +102,7 @@ class OnnxRuntimeEngine(Engine):
             raise EngineError(f"the bundle has no program '{program}'; rebuild it with this version of sanawm")
         graph = self._bundle.read(entry.file)
         weights = str(entry.extras.get("weights", ""))
-        options = self._library.SessionOptions()
-        options.use_per_session_threads = False
+        options = session_options()
         # Its failures come as exceptions with the same words.
         options.log_severity_level = 4
         if weights:

@@ -29,7 +29,10 @@ _log = logging.getLogger("sanawm.serve")
 @click.option("--max-prompt", default=4000, show_default=True, type=click.IntRange(1, 100_000), help="Characters of a prompt.")
 @click.option("--linger", default=15.0, show_default=True, type=click.FloatRange(0, 3600), help="Seconds a world waits for a lost client.")
 @click.option("--threads", type=int, help="CPU threads; default: all cores.")
-@click.option("--trusted-key", "trusted", multiple=True, type=click.Path(path_type=Path), help="Public key that must have signed BUNDLE.")
+@click.option(
+    "--trusted-key", "trusted", multiple=True, type=click.Path(path_type=Path), envvar="SANAWM_TRUSTED_KEYS", show_envvar=True,
+    help="Public key that must have signed BUNDLE; with several, one of them.",
+)  # fmt: skip
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps encoded prompts between runs.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Logs as JSON lines, and one JSON line on stdout when ready.")
@@ -60,6 +63,8 @@ def serve(
         sessions=sessions, connections=sessions + 64, image_bytes=int(max_image_mb * 2**20), prompt=max_prompt, linger_s=linger
     )
     set_up(as_json, log_level)
+    if not local and certificate is None:
+        _log.warning("no_tls", extra={"note": "the token and the pictures can be read on the way; use --certificate or a tunnel"})
     listening = listen(host, port)
     with listening, World.open(bundle, threads=threads, trusted_keys=trusted or None, cache=cache) as world, progress() as bar:
         task = bar.add_task("loading", total=None)
