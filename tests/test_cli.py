@@ -176,6 +176,8 @@ def test_no_such_bundle_or_target(tiny_checkpoint: Path, tmp_path: Path) -> None
     refused(sanawm("inspect", tmp_path / "nowhere"), "no such directory")
     refused(sanawm("build-engine", "--checkpoint", tiny_checkpoint, "--target", "rtx6090", "-o", tmp_path / "b"), "rtx6090", "did you mean")
     refused(sanawm("build-engine", "--checkpoint", tmp_path / "none", "--target", "cpu", "-o", tmp_path / "b"), "none")
+    refused(sanawm("build-engine", "--target", "cpu", "-o", tmp_path / "b"), "expected --checkpoint or --synthetic, found neither")
+    refused(sanawm("build-engine", "--synthetic", "1", "--target", "cpu", "-o", tmp_path / "b"), "--synthetic is for the cuda engine")
     assert not (tmp_path / "b").exists()
 
 

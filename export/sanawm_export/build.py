@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -48,6 +49,7 @@ class BuildRequest:
     latent_frames: int = 121
     calibration: Path | None = None
     gdn: str = "plugin"
+    check: bool = False
 
 
 def open_prompt(checkpoint: Checkpoint) -> PromptTokenizer:
@@ -72,6 +74,7 @@ def build_onnxruntime(request: BuildRequest, out: Path, *, overwrite: bool = Fal
     checkpoint.check()
     prompt = open_prompt(checkpoint)
     geometry = geometry_of(request, prompt)
+    parity = _check(request, geometry) if request.check else None
     total = len(programs(geometry))
     done = 0
 
@@ -94,7 +97,20 @@ def build_onnxruntime(request: BuildRequest, out: Path, *, overwrite: bool = Fal
             del part
         add_prompt(writer, checkpoint)
         precision = PrecisionEntry(request.precision, {"activations": geometry.dtype, "weights": geometry.dtype})
-        return writer.finish(manifest_of(request, entries, precision))
+        return writer.finish(dataclasses.replace(manifest_of(request, entries, precision), parity=parity))
+
+
+def _check(request: BuildRequest, geometry: Geometry) -> dict[str, Any]:
+    from sanawm_export.check import PROGRAM, check_export
+
+    def load() -> Any:
+        return load_part(request.checkpoint, "dit", getattr(torch, geometry.dtype))
+
+    def export(folder: Path) -> Path:
+        (exported,) = export_part("dit", load(), geometry, folder, names=[PROGRAM])
+        return folder / exported.file
+
+    return check_export(export, load, geometry, f"the torch model in {geometry.dtype}")
 
 
 def add_prompt(writer: BundleWriter, checkpoint: Checkpoint) -> None:
@@ -144,37 +160,66 @@ def _installed(package: str) -> bool:
     return True
 
 
+Requests = Sequence[tuple[BuildRequest, Path]]
+TargetsBuilder = Callable[[Requests, bool, Progress | None], list[Bundle]]
+
+
 class Builder(Protocol):
-    """Writes a bundle for one engine."""
+    """Writes a bundle for one target."""
 
     def __call__(self, request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle: ...
 
 
 @dataclass(frozen=True)
 class EngineBuilder:
-    """An engine's builder and the precision it builds by default."""
+    """An engine's builder of one checkpoint and precision for several targets, and the precision it builds by default."""
 
-    build: Builder
+    build: TargetsBuilder
     default_precision: str
 
 
-def _build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
-    from sanawm_export.cuda.build import build_cuda  # imports triton, which the other engines do not need
+def build_bundles(requests: Requests, *, overwrite: bool = False, progress: Progress | None = None) -> list[Bundle]:
+    """Bundles of one checkpoint for several targets, in the order of `requests`. Raises UserError; each bundle is whole or not there.
 
+    TensorRT targets of one precision are built together: graphs are exported once, and engines are built in parallel as memory allows.
+    """
+    together: dict[tuple[str, str], list[int]] = {}
+    for index, (request, _) in enumerate(requests):
+        together.setdefault((request.engine, request.precision), []).append(index)
+    bundles: dict[int, Bundle] = {}
+    for (engine, _), indices in together.items():
+        made = BUILDERS[engine].build([requests[i] for i in indices], overwrite, progress)
+        bundles.update(zip(indices, made, strict=True))
+    return [bundles[i] for i in range(len(requests))]
+
+
+def _build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
+    from sanawm_export.cuda.build import build_cuda, build_cuda_synthetic  # imports triton, which the other engines do not need
+    from sanawm_export.cuda.synthetic import SyntheticCheckpoint
+
+    if request.check:
+        raise UserError("the cuda engine has no exported graph to compare, found --check; leave it out: its plans are compared by the tests")
+    if isinstance(request.checkpoint, SyntheticCheckpoint):
+        return build_cuda_synthetic(request, out, request.checkpoint.seed, overwrite=overwrite, progress=progress)
     return build_cuda(request, out, overwrite=overwrite, progress=progress)
 
 
-def _build_tensorrt(request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
-    from sanawm_export.tensorrt.build import TensorRTOptions, build_tensorrt  # needs the library, which the other engines do not
+def _build_tensorrt(requests: Requests, overwrite: bool, progress: Progress | None) -> list[Bundle]:
+    from sanawm_export.tensorrt.build import TensorRTOptions, build_tensorrt_targets  # needs the library, which the other engines do not
 
-    options = TensorRTOptions(gdn=request.gdn, calibration=request.calibration)  # type: ignore[arg-type]
-    return build_tensorrt(request, out, overwrite=overwrite, progress=progress, options=options)
+    first = requests[0][0]
+    options = TensorRTOptions(gdn=first.gdn, calibration=first.calibration, check=first.check)  # type: ignore[arg-type]
+    return build_tensorrt_targets(requests, overwrite=overwrite, progress=progress, options=options)
+
+
+def _one_by_one(build: Builder) -> TargetsBuilder:
+    return lambda requests, overwrite, progress: [build(request, out, overwrite=overwrite, progress=progress) for request, out in requests]
 
 
 # Engines this version can build, by the names of the target table.
 BUILDERS: dict[str, EngineBuilder] = {
-    "onnxruntime": EngineBuilder(build_onnxruntime, "fp32"),
+    "onnxruntime": EngineBuilder(_one_by_one(build_onnxruntime), "fp32"),
     "tensorrt_rtx": EngineBuilder(_build_tensorrt, "bf16"),
     "tensorrt": EngineBuilder(_build_tensorrt, "bf16"),
-    "cuda": EngineBuilder(_build_cuda, "bf16"),
+    "cuda": EngineBuilder(_one_by_one(_build_cuda), "bf16"),
 }

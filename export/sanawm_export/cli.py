@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.table import Table
 
+from sanawm.config import PRESETS
 from sanawm.console import json_option, print_json, progress, stderr, stdout
 from sanawm.errors import UserError
 from sanawm.schedule import latent_frames
+
+if TYPE_CHECKING:
+    from sanawm_runtime.targets import Target
 
 
 def _checkpoint_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(
         (
-            click.option("--checkpoint", "source", required=True, help="Path or hf://owner/repo[@revision]."),
             click.option("--revision", help="Hub revision."),
             click.option("--offline", is_flag=True, help="Use only what is in the local hub cache."),
             click.option("--text-encoder", help="Folder or hub address of the Gemma-2 text encoder."),
@@ -36,6 +39,7 @@ def _open(source: str, revision: str | None, offline: bool, text_encoder: str | 
 
 
 @click.command()
+@click.option("--checkpoint", "source", required=True, help="Path or hf://owner/repo[@revision].")
 @_checkpoint_options
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--program", "names", multiple=True, help="Only these programs; may be repeated.")
@@ -68,46 +72,80 @@ def export(
 
 
 @click.command("build-engine")
+@click.option("--checkpoint", "source", help="Path or hf://owner/repo[@revision].")
 @_checkpoint_options
-@click.option("--target", required=True, help="rtx5090, rtx4090, h200, sm_120, cpu, ...")
+@click.option("--synthetic", type=click.IntRange(0), metavar="SEED", help="Instead of --checkpoint: random weights, made when the bundle is opened.")
+@click.option("--preset", type=click.Choice(list(PRESETS)), default="full", show_default=True, help="Size of a --synthetic model.")
+@click.option("--target", "targets", multiple=True, required=True, help="rtx5090, rtx4090, h200, sm_120, cpu, ...; may be repeated.")
 @click.option("--engine", help="Engine, where several serve the target; default: the target's first.")
 @click.option("--precision", default=None, help="fp32, bf16, fp8, nvfp4, mixed or a recipe; default: the engine's.")
 @click.option("--calibration", type=click.Path(path_type=Path), help="File of `sanawm calibrate`; quantized TensorRT precisions need it.")
 @click.option("--gdn", type=click.Choice(["plugin", "matmul"]), default="plugin", show_default=True, help="Recurrent blocks in TensorRT engines.")
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle directory to create.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing bundle.")
+@click.option("--check", is_flag=True, help="First compare an exported graph with the torch model; at full size this takes minutes.")
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle to create; of several targets, their folder.")
+@click.option("--overwrite", is_flag=True, help="Replace existing bundles.")
 @json_option
 def build_engine(
-    source: str, revision: str | None, offline: bool, text_encoder: str | None, vae: str | None, frames: int,
-    target: str, engine: str | None, precision: str | None, calibration: Path | None, gdn: str, out: Path, overwrite: bool, as_json: bool,
+    source: str | None, revision: str | None, offline: bool, text_encoder: str | None, vae: str | None, frames: int,
+    synthetic: int | None, preset: str, targets: tuple[str, ...], engine: str | None, precision: str | None, calibration: Path | None,
+    gdn: str, check: bool, out: Path, overwrite: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Build an engine bundle for a target; no GPU is needed."""
-    from sanawm_export.build import BUILDERS, BuildRequest
+    """Build engine bundles for one or several targets; no GPU is needed."""
+    from sanawm_export.build import BUILDERS, BuildRequest, build_bundles
     from sanawm_runtime.summary import bundle_summary, render_bundle
     from sanawm_runtime.targets import resolve_target
 
-    place = resolve_target(target)
-    chosen = engine or next((e for e in place.engines if e in BUILDERS), place.engines[0])
-    if chosen not in place.engines:
-        raise UserError(f"the {chosen} engine does not serve {place.name}; use --engine {' or '.join(place.engines)}")
-    if chosen not in BUILDERS:
-        raise UserError(f"this version builds {', '.join(BUILDERS)} engines, and {place.name} is served by {chosen}; use --target cpu")
-    if calibration is not None and chosen not in ("tensorrt_rtx", "tensorrt"):
-        raise UserError(f"the {chosen} engine does not read --calibration yet; drop it or choose --engine tensorrt_rtx")
-    found = _open(source, revision, offline, text_encoder, vae)
-    request = BuildRequest(found, place, chosen, precision or BUILDERS[chosen].default_precision, latent_frames(frames), calibration, gdn)
+    if (source is None) == (synthetic is None):
+        raise UserError(f"expected --checkpoint or --synthetic, found {'neither' if source is None else 'both'}; give one")
+    places = list({place.name: place for place in map(resolve_target, targets)}.values())
+    engines = [_engine(place, engine) for place in places]
+    for chosen in engines:
+        if calibration is not None and chosen not in ("tensorrt_rtx", "tensorrt"):
+            raise UserError(f"the {chosen} engine does not read --calibration yet; drop it or choose --engine tensorrt_rtx")
+        if synthetic is not None and chosen != "cuda":
+            raise UserError(f"--synthetic is for the cuda engine, found {chosen}; add --engine cuda, or use `sanawm checkpoint synth`")
+    found = _open(source, revision, offline, text_encoder, vae) if source is not None else _synthetic(preset, synthetic)
+    requests = [
+        (
+            BuildRequest(found, place, chosen, precision or BUILDERS[chosen].default_precision, latent_frames(frames), calibration, gdn, check),
+            out if len(places) == 1 else out / place.name,
+        )
+        for place, chosen in zip(places, engines)
+    ]
     with progress() as bar:
         task = bar.add_task("reading", total=None)
 
         def advance(name: str, done: int, total: int) -> None:
             bar.update(task, description=name, completed=done, total=total)
 
-        bundle = BUILDERS[chosen].build(request, out, overwrite=overwrite, progress=advance)
+        bundles = build_bundles(requests, overwrite=overwrite, progress=advance)
     if as_json:
-        print_json(bundle_summary(bundle))
-    else:
+        summaries = [bundle_summary(bundle) for bundle in bundles]
+        print_json(summaries[0] if len(summaries) == 1 else {"bundles": summaries})
+        return
+    for bundle, (_, path) in zip(bundles, requests):
         stdout.print(render_bundle(bundle))
-        stderr.print(f"wrote {out}")
+        stderr.print(f"wrote {path}")
+
+
+def _engine(place: Target, asked: str | None) -> str:
+    """The engine to build for a target. Raises UserError."""
+    from sanawm_export.build import BUILDERS
+
+    chosen = asked or next((e for e in place.engines if e in BUILDERS), place.engines[0])
+    if chosen not in place.engines:
+        raise UserError(f"the {chosen} engine does not serve {place.name}; use --engine {' or '.join(place.engines)}")
+    if chosen not in BUILDERS:
+        raise UserError(f"this version builds {', '.join(BUILDERS)} engines, and {place.name} is served by {chosen}; use --target cpu")
+    return chosen
+
+
+def _synthetic(preset: str, seed: int | None) -> Any:
+    from sanawm.config import preset as named
+    from sanawm_export.cuda.synthetic import SyntheticCheckpoint
+
+    assert seed is not None
+    return SyntheticCheckpoint(named(preset), seed)
 
 
 @click.command()

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from sanawm_runtime.bundle import Bundle
+from sanawm_runtime.bundle import Bundle, Manifest
 
 
 def bundle_summary(bundle: Bundle) -> dict[str, Any]:
@@ -53,7 +53,9 @@ def render_bundle(bundle: Bundle) -> RenderableType:
     rows = [
         ("world", f"{m.name}, {config.image_width}x{config.image_height} at {config.stream.fps} frames a second"),
         ("target", f"{device}, {target.engine} engine"),
-        ("precision", m.precision.recipe),
+        ("precision", _precision(m)),
+        ("calibration", _calibration(m)),
+        ("parity", _parity(m)),
         ("size", f"{_size(m.total_bytes())} in {len(m.files)} files"),
         ("checkpoint", m.checkpoint.source + (f" at {m.checkpoint.revision}" if m.checkpoint.revision else "")),
         ("built", f"{m.created} with " + ", ".join(f"{k} {v}" for k, v in m.versions.items())),
@@ -61,12 +63,57 @@ def render_bundle(bundle: Bundle) -> RenderableType:
     ]
     for name, text in rows:
         facts.add_row(name, text)
-    table = Table("program", "inputs", "outputs", "file", "size")
-    for name, p in m.programs.items():
-        table.add_row(name, str(len(p.inputs)), str(len(p.outputs)), p.file, _size(m.files[p.file].size))
-    parts: list[RenderableType] = [facts, table]
+    parts: list[RenderableType] = [facts, _programs(m)]
+    kernels = _kernels(m)
+    if kernels.row_count:
+        parts.append(kernels)
     parts += [Text(f"unverified: {sentence}", style="yellow") for sentence in m.unverified]
     return Group(*parts)
+
+
+def _counts(counts: Any) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) if isinstance(counts, dict) else ""
+
+
+def _precision(m: Manifest) -> str:
+    summary = m.precision.summary
+    realised = _counts(summary.get("realised"))
+    if not realised:
+        return m.precision.recipe
+    return f"{m.precision.recipe}: {realised} products" + (", read back from the engines" if summary.get("audited") else ", not read back")
+
+
+def _calibration(m: Manifest) -> str:
+    if m.calibration is None:
+        return "none"
+    known = m.calibration
+    return f"{known.get('clips', '?')} clips, file {str(known.get('file_sha256', ''))[:16]}: {known.get('description', '')}"
+
+
+def _parity(m: Manifest) -> str:
+    if m.parity is None:
+        return "not measured when it was built"
+    return f"{m.parity['program']}: {m.parity['sqnr_db']:.1f} dB against {m.parity['against']}, on {m.parity['engine']}"
+
+
+def _programs(m: Manifest) -> Table:
+    table = Table("program", "inputs", "outputs", "products", "file", "size")
+    for name, p in m.programs.items():
+        table.add_row(name, str(len(p.inputs)), str(len(p.outputs)), _counts(p.extras.get("precision")), p.file, _size(m.files[p.file].size))
+    return table
+
+
+def _kernels(m: Manifest) -> Table:
+    """The kernels of ours inside engines, each once."""
+    table = Table("kernel", "architecture", "registers", "shared memory")
+    seen: dict[str, dict[str, Any]] = {}
+    for p in m.programs.values():
+        rows = p.extras.get("kernels")
+        for row in rows if isinstance(rows, list) else []:
+            seen.setdefault(row["name"], row)
+    for name, row in seen.items():
+        table.add_row(name, row["capability"], str(row["registers"]), _size(row["shared"]))
+    return table
 
 
 def _size(count: int) -> str:

@@ -20,7 +20,7 @@ from sanawm.model.text import TextEncoder
 from sanawm.model.vae import VideoVAE
 from sanawm.programs import programs
 from sanawm_export import build
-from sanawm_export.build import BUILDERS, BuildRequest, build_onnxruntime, geometry_of, open_prompt
+from sanawm_export.build import BUILDERS, BuildRequest, EngineBuilder, build_bundles, build_onnxruntime, geometry_of, open_prompt
 from sanawm_export.parts import load_part
 from sanawm_runtime.bundle import Bundle
 from sanawm_runtime.targets import resolve_target
@@ -88,10 +88,24 @@ def test_precisions(request_of: Callable[..., BuildRequest], checkpoint: Checkpo
     assert not list(tmp_path.iterdir())
 
 
-def test_builders(request_of: Callable[..., BuildRequest]) -> None:
-    builder = BUILDERS["onnxruntime"]
-    assert builder.build is build_onnxruntime and builder.default_precision == "fp32"
-    resolve_target("cpu").require("onnxruntime", builder.default_precision)
+def test_default_precisions_are_what_engines_compute() -> None:
+    for engine, target in (("onnxruntime", "cpu"), ("tensorrt_rtx", "rtx5090"), ("tensorrt", "h200"), ("cuda", "h200")):
+        resolve_target(target).require(engine, BUILDERS[engine].default_precision)
+
+
+def test_targets_of_one_engine_and_precision_are_built_together(monkeypatch: pytest.MonkeyPatch, request_of: Callable[..., BuildRequest]) -> None:
+    calls: list[list[str]] = []
+
+    def builder(requests: Any, overwrite: bool, progress: Any) -> list[Any]:
+        calls.append([request.target.name for request, _ in requests])
+        return [out for _, out in requests]
+
+    monkeypatch.setitem(BUILDERS, "tensorrt_rtx", EngineBuilder(builder, "bf16"))
+    monkeypatch.setitem(BUILDERS, "cuda", EngineBuilder(builder, "bf16"))
+    asked = [("rtx5090", "tensorrt_rtx"), ("h200", "cuda"), ("rtx4090", "tensorrt_rtx")]
+    requests = [(replace(request_of(), target=resolve_target(name), engine=engine), Path(name)) for name, engine in asked]
+    assert build_bundles(requests) == [Path(name) for name, _ in asked]
+    assert calls == [["rtx5090", "rtx4090"], ["h200"]]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("text", TextEncoder), ("vae", VideoVAE), ("dit", SanaWM)])
@@ -101,6 +115,14 @@ def test_parts(name: str, kind: type, dtype: torch.dtype, checkpoint: Checkpoint
     assert isinstance(part, kind) and not part.training
     parameters = list(part.parameters())
     assert parameters and all(p.dtype == dtype and not p.requires_grad and p.device.type == "cpu" for p in parameters)
+
+
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 100), ("bf16", 25)])
+def test_the_check_compares_what_is_exported(request_of: Callable[..., BuildRequest], checkpoint: Checkpoint, precision: str, least: float) -> None:
+    """float32: ONNX Runtime and torch sum in other orders. bfloat16: both round every product, here and there differently (about 2^-9 each)."""
+    request = request_of(precision=precision)
+    found = build._check(request, geometry_of(request, open_prompt(checkpoint)))
+    assert found["program"] == "denoise_first" and found["engine"].startswith("ONNX Runtime") and least < found["sqnr_db"] < 200
 
 
 def test_a_checkpoint_without_a_text_encoder(tmp_path: Path) -> None:

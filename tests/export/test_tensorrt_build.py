@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -30,7 +32,7 @@ from sanawm_export.tensorrt.build import TensorRTOptions, build_tensorrt, build_
 from sanawm_export.tensorrt.graphs import GraphSource
 from sanawm_runtime.bundle import Bundle
 from sanawm_runtime.engines._trt_library import Library
-from sanawm_runtime.summary import bundle_summary
+from sanawm_runtime.summary import bundle_summary, render_bundle
 from sanawm_runtime.targets import resolve_target
 
 
@@ -107,6 +109,29 @@ def test_the_manifest_says_what_was_not_run(made: Made) -> None:
     assert any("does not document plugins" in sentence for sentence in summary["unverified"])
     assert summary["calibration"]["clips"] == 1 and summary["precision"]["summary"]["audited"]
     assert {"tensorrt_rtx", "torch", "triton", "onnx"} <= set(summary["versions"])
+
+
+def test_inspect_shows_a_person_what_is_inside(made: Made) -> None:
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(render_bundle(made.bundle))
+    text = " ".join(console.export_text().split())
+    counts = made.bundle.manifest.precision.summary["realised"]
+    assert f"{counts['nvfp4']} nvfp4" in text and "read back from the engines" in text
+    assert "1 clips, file" in text and "not measured when it was built" in text and "rtx5090 (sm_120)" in text and "tensorrt_rtx 1." in text
+    for kernel in made.bundle.manifest.programs["denoise_steady"].extras["kernels"]:
+        assert f"{kernel['name']} │ sm_120 │ {kernel['registers']} │" in text
+    assert "unverified: No engine of this bundle was run on rtx5090" in text
+
+
+def test_a_checked_build_says_how_well_its_graph_agrees(made: Made, tmp_path: Path) -> None:
+    bundle = made.again(tmp_path / "out", check=True)
+    parity = bundle.manifest.parity
+    assert parity is not None and (parity["program"], parity["against"]) == ("denoise_first", "the fake-quantized torch model in bfloat16")
+    # The level that test_tensorrt_parity.py explains; a graph without the recipe's scales is below 5.
+    assert 18 < parity["sqnr_db"] < 200 and 0 < parity["max_relative_error"] < 0.5
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(render_bundle(bundle))
+    assert f"{parity['sqnr_db']:.1f} dB against the fake-quantized torch model" in console.export_text()
 
 
 def test_a_second_build_is_instant(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

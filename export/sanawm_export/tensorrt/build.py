@@ -46,7 +46,7 @@ class TensorRTOptions:
 
     gdn: "plugin" puts our kernels into the engines, "matmul" lowers the recurrent blocks to plain products. calibration: the file of
     `sanawm calibrate`, which quantized precisions need. cache: where finished engines are kept between builds (None: nowhere). memory and
-    processes bound how many engines are built at a time.
+    processes bound how many engines are built at a time. check: compare an exported graph with the torch model first.
     """
 
     gdn: GDN = "plugin"
@@ -55,6 +55,7 @@ class TensorRTOptions:
     engine: BuildOptions = field(default_factory=BuildOptions)
     memory: int | None = None
     processes: int | None = None
+    check: bool = False
 
 
 def build_tensorrt(
@@ -89,6 +90,7 @@ def build_tensorrt_targets(
     for request, _ in requests:
         for arithmetic in sorted(source.formats):
             request.target.require(request.engine, arithmetic)
+    parity = source.check() if chosen.check else None
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(BundleWriter(out, overwrite=overwrite)) for _, out in requests]
         # Inside what the next build removes should this one be killed.
@@ -102,7 +104,7 @@ def build_tensorrt_targets(
         for target in targets:
             target.collect(geometry, "link" if chosen.cache else "copy")
         shutil.rmtree(scratch)
-        return [target.finish(library, source) for target in targets]
+        return [target.finish(library, source, parity) for target in targets]
 
 
 def _check(request: BuildRequest, first: BuildRequest) -> None:
@@ -171,7 +173,7 @@ class _Target:
             self.entries[name] = program_entry(table[name], file, extras)
         add_prompt(self.writer, self.request.checkpoint)
 
-    def finish(self, library: Library, source: GraphSource) -> Bundle:
+    def finish(self, library: Library, source: GraphSource, parity: dict[str, Any] | None) -> Bundle:
         """Write report and manifest, and put the bundle in place."""
         built = report.build_report(library, time.perf_counter() - self.started, self.engines, self.reused)
         self.writer.add_bytes(REPORT_FILE, (json.dumps(built, indent=1) + "\n").encode())
@@ -179,7 +181,7 @@ class _Target:
         precision = PrecisionEntry(self.request.precision, summary)
         manifest: Manifest = manifest_of(self.request, self.entries, precision, report.unverified(library, self.request.target.name, summary))
         versions = manifest.versions | tool_versions() | {library.engine: library.version}
-        return self.writer.finish(dataclasses.replace(manifest, versions=versions, calibration=source.summary()))
+        return self.writer.finish(dataclasses.replace(manifest, versions=versions, calibration=source.summary(), parity=parity))
 
 
 @dataclass

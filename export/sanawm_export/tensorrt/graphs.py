@@ -12,6 +12,7 @@ from sanawm.errors import UserError
 from sanawm.model.checkpoint import Checkpoint
 from sanawm.model.dit import SanaWM
 from sanawm.programs import PARTS, Geometry, Program, programs
+from sanawm_export.check import PROGRAM, check_export
 from sanawm_export.onnx.export import ExportedProgram, export_part
 from sanawm_export.parts import load_part
 from sanawm_export.tensorrt.cache import file_digest
@@ -63,6 +64,26 @@ class GraphSource:
                 yield exported.program, folder / exported.file
             del part
 
+    def reference(self) -> SanaWM:
+        """The torch model that the graphs must agree with."""
+        model = load_part(self.checkpoint, QUANTIZED_PART, getattr(torch, self.geometry.dtype))
+        assert isinstance(model, SanaWM)
+        return model
+
+    def check(self) -> dict[str, Any]:
+        """Compare an exported graph with `reference`: what the manifest says about parity."""
+
+        def export(folder: Path) -> Path:
+            ((_, file),) = self.export([PROGRAM], folder)
+            return file
+
+        return check_export(export, self.reference, self.geometry, self.compared_with)
+
+    @property
+    def compared_with(self) -> str:
+        """`reference` in words."""
+        return f"the torch model in {self.geometry.dtype}"
+
     def _export_part(self, name: str, part: Any, chosen: list[str], folder: Path) -> Iterator[ExportedProgram]:
         return export_part(name, part, self.geometry, folder, names=chosen)
 
@@ -101,6 +122,17 @@ class QuantizedSource(GraphSource):
             "recipe": self._recipe.name, "description": self._recipe.description, "file_sha256": file_digest(self._file), "clips": len(found.clips),
             "settings": found.settings, "versions": found.versions,
         }  # fmt: skip
+
+    def reference(self) -> SanaWM:
+        from sanawm_calibration.apply import fake_quantized, quantize_model
+
+        model = super().reference()
+        fake_quantized(model, quantize_model(model, self._asked, self._calibration, merge=self._merge))
+        return model
+
+    @property
+    def compared_with(self) -> str:
+        return f"the fake-quantized torch model in {self.geometry.dtype}"
 
     def recipe(self, program: str) -> Mapping[str, str]:
         return {} if program not in programs(self.geometry, (QUANTIZED_PART,)) else self._table
