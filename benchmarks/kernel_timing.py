@@ -9,7 +9,7 @@ import os
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,21 +21,41 @@ FLUSH_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
+class Work:
+    """One launch of several: its minimal traffic in bytes, and its arithmetic in a unit ("bf16", "fp8")."""
+
+    bytes: int
+    flops: int = 0
+    kind: str = "bf16"
+
+
+@dataclass(frozen=True)
 class Case:
     """One row to be: how to make the calls, and the work they must do.
 
     prepare() returns the call under test and its peers by name; inputs are fresh random numbers each time it is called. bytes: memory traffic that
-    no implementation avoids; flops: arithmetic, of `kind` ("bf16", "fp8"); includes: what the time covers.
+    no implementation avoids; flops: arithmetic, of `kind` ("bf16", "fp8"); includes: what the time covers. A case of several launches lists the
+    `work` of each instead; launches run one after the other, so their floors add up.
     """
 
     name: str
     prepare: Callable[[], tuple[Callable[[], Any], dict[str, Callable[[], Any]]]]
-    bytes: int
+    bytes: int = 0
     flops: int = 0
     kind: str = "bf16"
     includes: str = "one launch"
     needs: int = 80
     extra: dict[str, Any] = field(default_factory=dict)
+    work: tuple[Work, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Work, ...]:
+        """The work of each launch."""
+        return self.work or (Work(self.bytes, self.flops, self.kind),)
+
+    def floor(self, bandwidth: float, peaks: Mapping[str, float]) -> float:
+        """Microseconds at a bandwidth in bytes/s and the peaks of the units in FLOP/s."""
+        return sum(max(w.bytes / bandwidth, w.flops / peaks[w.kind] if w.flops else 0.0) for w in self.parts) * 1e6
 
 
 @dataclass(frozen=True)
@@ -102,13 +122,13 @@ def run(cases: Sequence[Case], notes: str) -> dict[str, Any]:
     for case in cases:
         if major * 10 + minor < case.needs:
             continue
-        if case.flops and case.kind not in peaks:
-            peaks[case.kind] = peak_flops(case.kind)
+        for kind in sorted({w.kind for w in case.parts if w.flops} - set(peaks)):
+            peaks[kind] = peak_flops(kind)
         call, peers = case.prepare()
         time = measure(call)
         timed = {name: measure(peer) for name, peer in peers.items()}
         best = min(timed, key=lambda name: timed[name].median) if timed else None
-        floor = max(case.bytes / bandwidth, case.flops / peaks[case.kind] if case.flops else 0.0) * 1e6
+        floor = case.floor(bandwidth, peaks)
         rows.append(
             {
                 "case": case.name, "metric": "time", "value": time.median, "unit": "us", "min": time.least, "max": time.most, "n": time.n,
@@ -151,8 +171,14 @@ def write(path: Path, result: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def main(subject: str, cases: Callable[[], Sequence[Case]], notes: str, propose: Callable[[], None] | None = None) -> None:
-    """Command line of a benchmark script."""
+def main(
+    subject: str,
+    cases: Callable[[], Sequence[Case]],
+    notes: str,
+    propose: Callable[[], None] | None = None,
+    finish: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> None:
+    """Command line of a benchmark script; `finish` may add to the rows."""
     parser = argparse.ArgumentParser(description=notes)
     parser.add_argument("--out", type=Path, help="results file (default: benchmarks/results/<hardware>-<subject>.json)")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
@@ -163,9 +189,8 @@ def main(subject: str, cases: Callable[[], Sequence[Case]], notes: str, propose:
     chosen = [case for case in cases() if options.only in case.name]
     if options.dry_run:
         for case in chosen:
-            print(
-                f"{case.name:48s} {case.bytes / 1e6:9.2f} MB  {case.flops / 1e9:9.2f} GFLOP {case.kind:5s} sm_{case.needs}+  {case.includes}"
-            )
+            nbytes, flops, units = sum(w.bytes for w in case.parts), sum(w.flops for w in case.parts), "+".join(sorted({w.kind for w in case.parts}))
+            print(f"{case.name:48s} {nbytes / 1e6:9.2f} MB  {flops / 1e9:9.2f} GFLOP {units:8s} sm_{case.needs}+  {case.includes}")
         return
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: run this on the GPU to be measured, or list the cases with --dry-run")
@@ -174,6 +199,7 @@ def main(subject: str, cases: Callable[[], Sequence[Case]], notes: str, propose:
         propose()
         return
     result = run(chosen, notes)
+    finish(result["rows"])
     hardware = result["hardware"].lower().replace("nvidia ", "").replace(" ", "-")
     path = options.out or ROOT / "benchmarks" / "results" / f"{hardware}-{subject}.json"
     write(path, result)

@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from sanawm_kernels.aot import compile as compiler
 from sanawm_kernels.aot import elf
-from sanawm_kernels.aot.build import Built, build, read_index
+from sanawm_kernels.aot.build import Built, build, read_index, select
 from sanawm_kernels.aot.cli import kernels_group
 from sanawm_kernels.aot.spec import KernelVariant, ModelSizes
 from sanawm_kernels.gdn.plans import Problem, prepare
@@ -167,11 +167,25 @@ def test_command_builds_and_shows(tmp_path: Path) -> None:
         (["--target", "sm_75"], "expected architectures among sm_80"),
         (["--target", "sm_90,hopper"], "found 'hopper'"),
         (["--target", "sm_90", "--only", "nothing.*"], "no kernel variant of sm_90 matches nothing.*"),
+        (["--target", "sm_120", "--emulate-nvfp4"], "emulated on sm_90, found no such target"),
     ],
 )
 def test_mistakes_at_the_command_line(tmp_path: Path, arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(kernels_group, ["build", "-o", str(tmp_path), *arguments])
     assert result.exit_code == 2 and message in " ".join(result.output.split())
+
+
+def test_emulation_needs_a_compiler_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sanawm_kernels.aot.build.version", lambda name: "3.7.1")
+    result = CliRunner().invoke(kernels_group, ["build", "-o", str(tmp_path), "--target", "sm_90", "--emulate-nvfp4"])
+    assert result.exit_code == 2 and "need Triton 3.9 or later, found 3.7.1" in " ".join(result.output.split())
+
+
+def test_emulated_products_are_listed_for_hopper_alone() -> None:
+    sizes = ModelSizes()
+    plain, more = ({v.name for v in select(sizes, 90, emulate_nvfp4=emulate)} for emulate in (False, True))
+    assert plain < more and {name for name in more - plain if ".nvfp4." in name} == more - plain
+    assert select(sizes, 120, emulate_nvfp4=True) == select(sizes, 120)
 
 
 def test_show_wants_a_built_directory(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_modulation_rows() -> None:
     # Truncated to integers as in training; 500 is none of the steps.
     timestep = torch.tensor([0.0, 889.7, 500, 1000])
     out = empty(4, 1104)
-    launch(plans.modulation_rows(5), {"timestep": timestep, "steps": steps, "table": table, "out": out, "WIDTH": 1104}, FRAMES=4)
+    launch(plans.modulation_rows("fp32", 5), {"timestep": timestep, "steps": steps, "table": table, "out": out, "WIDTH": 1104}, FRAMES=4)
     torch.testing.assert_close(out, naive.modulation_rows(timestep, steps, table), rtol=0, atol=0, equal_nan=True)
     assert out[2].isnan().all()
     torch.testing.assert_close(out[1], table[2], rtol=0, atol=0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sanawm.config import DiTConfig
 from sanawm_export.cuda.context import Context, Rows
-from sanawm_export.cuda.products import parts_of_squares, product
+from sanawm_export.cuda.products import parts_of_squares, product, tile_quantization
 from sanawm_export.cuda.tape import row_stride
 from sanawm_export.cuda.tokens import decay_logits
 from sanawm_kernels.attention import plans
@@ -50,7 +50,7 @@ class Past:
 
 def gdn_attention(
     ctx: Context, block: str, u: Rows, merged: Merged, camera: dict[str, View], frames: int, past: Past, new: dict[str, View] | None
-) -> tuple[View, View]:
+) -> tuple[View, Rows]:
     """Both branches of a gated delta network in four launches, (main, camera) (M, C) each; with `new` its state is written."""
     c, tape = ctx.config, ctx.tape
     M, C = merged.all.shape[0], c.hidden
@@ -90,7 +90,7 @@ def gdn_attention(
             written = writes | set(_WRITTEN[phase])
             unit = "tf32" if phase == "combine" and ctx.kind == "bf16" else ctx.kind
             tape.launch(f"gdn.{phase}", variant, bindings, written, flops=work.get(phase, 0), unit=unit)
-    return outputs["main"], outputs["camera"]
+    return outputs["main"], Rows(outputs["camera"])
 
 
 # Scratch tensors that each phase fills.
@@ -115,8 +115,11 @@ def _gdn_state(old: dict[str, View] | None, new: dict[str, View] | None) -> dict
 
 def softmax_attention(
     ctx: Context, block: str, merged: Merged, camera: dict[str, View], past: Past, new: dict[str, View] | None
-) -> tuple[View, View]:
-    """Both branches of softmax attention over the window, (main, camera) (M, C) each; keys and values of a committed chunk go to `new`."""
+) -> tuple[View, Rows]:
+    """Both branches of softmax attention over the window, (main, camera) (M, C) each; keys and values of a committed chunk go to `new`.
+
+    The camera branch is quantized for its output projection where a tile can do that.
+    """
     c, tape = ctx.config, ctx.tape
     M, H, D = merged.all.shape[0], c.heads, c.head_dim
     kept = new or {}
@@ -146,17 +149,21 @@ def softmax_attention(
     variant = block_plans.ucpe_heads(ctx.kind, ctx.kind, H, D, M, M, NORM_EPS, c.rms_clamp)
     tape.launch("ucpe", variant, bindings, ("q_out", "k_out", "v_out"))
     own = ({"k": turned["k"], "v": v}, {"k": turned["cam_k"], "v": turned["cam_v"]})
-    main = _window(ctx, "main", turned["q"], [(p["k"], p["v"]) for p in past.chunks] + [(own[0]["k"], own[0]["v"])], c.main_scale, None)
+    main = _window(ctx, "main", turned["q"], [(p["k"], p["v"]) for p in past.chunks] + [(own[0]["k"], own[0]["v"])], c.main_scale).values
     windows = [(p["cam_k"], p["cam_v"]) for p in past.chunks] + [(own[1]["k"], own[1]["v"])]
-    return main, _window(ctx, "camera", turned["cam_q"], windows, c.camera_scale, camera)
+    return main, _window(ctx, "camera", turned["cam_q"], windows, c.camera_scale, camera, f"{block}.out_cam")
 
 
-def _window(ctx: Context, label: str, q: View, segments: list[tuple[View, View]], scale: float, ucpe: dict[str, View] | None) -> View:
+def _window(
+    ctx: Context, label: str, q: View, segments: list[tuple[View, View]], scale: float, ucpe: dict[str, View] | None = None,
+    quantize_for: str | None = None,
+) -> Rows:  # fmt: skip
     c = ctx.config
     M, H, D = q.shape[0], c.heads, c.head_dim
-    variant = plans.window_attention(ctx.kind, H, D, len(segments), tile("window", ctx.target, ctx.kind), ucpe=ucpe is not None)
-    out = ctx.tensor(label, M, H * D)
-    bindings: dict[str, Any] = {"q": q, "q_row": row_stride(q), "q_batch": M * row_stride(q), "out": out, "N": M, "softmax_scale": scale}
+    done, out, fill, parameters = _outputs(ctx, label, M, H, D, quantize_for)
+    chosen = tile("window", ctx.target, ctx.kind)
+    variant = plans.window_attention(ctx.kind, H, D, len(segments), chosen, ucpe=ucpe is not None, keep=out is not None, **parameters)
+    bindings: dict[str, Any] = {"q": q, "q_row": row_stride(q), "q_batch": M * row_stride(q), "out": out, "N": M, "softmax_scale": scale, **fill}
     keys = 0
     for i, (k, v) in enumerate(segments):
         n = k.shape[1] if len(k.shape) == 4 else k.shape[0]
@@ -166,12 +173,26 @@ def _window(ctx: Context, label: str, q: View, segments: list[tuple[View, View]]
         keys += n
     if ucpe is not None:
         bindings |= {"rays": ucpe["rays"], "cos": ucpe["cam_cos"], "sin": ucpe["cam_sin"]}
-    ctx.tape.launch(f"{label}.attend", variant, bindings, ("out",), flops=4 * M * keys * H * D, unit=ctx.kind, BATCH=1)
-    return out
+    ctx.tape.launch(f"{label}.attend", variant, bindings, _STORED, flops=4 * M * keys * H * D, unit=ctx.kind, BATCH=1)
+    return replace(done, plain=out)
 
 
-def cross_attention(ctx: Context, block: str, x: Rows, keys: View, values: View, mask: View) -> View:
-    """Attention of the residual stream to the caption, before its output projection, (M, C)."""
+_STORED = ("out", "codes", "scales")
+
+
+def _outputs(
+    ctx: Context, label: str, M: int, heads: int, width: int, quantize_for: str | None
+) -> tuple[Rows, View | None, dict[str, Any], dict[str, Any]]:
+    """What an attention kernel stores: quantized rows where its programs, a head each, can make them, else plain ones."""
+    nvfp4 = quantize_for is not None and ctx.weights.formats.of(quantize_for).quant == "nvfp4"
+    # Heads of another width do not end with a block of 16.
+    named = None if nvfp4 and width % 16 else quantize_for
+    done, fill, parameters = tile_quantization(ctx, label, M, heads * width, named)
+    return done, ctx.tensor(label, M, heads * width) if done.quant is None else None, fill, parameters
+
+
+def cross_attention(ctx: Context, block: str, x: Rows, keys: View, values: View, mask: View) -> Rows:
+    """Attention of the residual stream to the caption, (M, C), in the form that its output projection takes where a tile can make it."""
     c = ctx.config
     H, D = c.cross_heads, c.hidden // c.cross_heads
     M, L = (x.plain or x.codes).shape[0], mask.shape[1]  # type: ignore[union-attr]
@@ -179,12 +200,15 @@ def cross_attention(ctx: Context, block: str, x: Rows, keys: View, values: View,
     squares = ctx.tensor("cross.squares", M, parts, dtype="float32")
     q = product(ctx, "cross.q", f"{block}.cross_q", x, squares=squares).values
     k, v = (t.reshape(L, H * D) for t in (keys, values))
-    variant = plans.cross_attention(ctx.kind, ctx.kind, H, D, CROSS_NORM_EPS, tile("cross", ctx.target, ctx.kind), parts=parts)
-    out = ctx.tensor("cross.attend", M, c.hidden)
+    done, out, fill, parameters = _outputs(ctx, "cross.attend", M, H, D, f"{block}.cross_proj")
+    chosen = tile("cross", ctx.target, ctx.kind, parameters.get("quant"))
+    variant = plans.cross_attention(
+        ctx.kind, ctx.kind, H, D, CROSS_NORM_EPS, chosen, parts=parts, keep=out is not None, **parameters
+    )
     bindings: dict[str, Any] = {
         "q": q, "q_row": row_stride(q), "q_batch": M * row_stride(q), "k": k, "k_row": row_stride(k), "k_batch": L * row_stride(k),
         "v": v, "v_row": row_stride(v), "v_batch": L * row_stride(v), "mask": mask, "q_norm": ctx.weight(f"{block}.cross_q_norm"),
-        "squares": squares, "out": out, "N": M, "L": L, "softmax_scale": D**-0.5,
+        "squares": squares, "out": out, "N": M, "L": L, "softmax_scale": D**-0.5, **fill,
     }  # fmt: skip
-    ctx.tape.launch("cross.attend", variant, bindings, ("out",), flops=4 * M * L * c.hidden, unit=ctx.kind, BATCH=1)
-    return out
+    ctx.tape.launch("cross.attend", variant, bindings, _STORED, flops=4 * M * L * c.hidden, unit=ctx.kind, BATCH=1)
+    return replace(done, plain=out)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sanawm.camera import rope_time
 from sanawm.errors import UserError
-from sanawm.programs import Geometry, Program, camera_program, programs
+from sanawm.programs import Geometry, Program, TensorSpec, camera_program, programs
 from sanawm.schedule import Chunk, chunk_grid, latent_frames, step_sizes, timestep_row
 from sanawm_export.cuda.cost import Gpu, floor_us
 from sanawm_runtime.bundle import Bundle
@@ -24,12 +24,19 @@ from sanawm_runtime.engines._cuda_plan import Plan
 from sanawm_runtime.engines.cuda import CudaBuffer, CudaEngine
 from sanawm_runtime.state import DecoderState, StreamState
 
+ENCODERS = {"text_encoder": "a prompt's token ids to its embedding on the device", "image_encoder": "the first frame to its latent on the device"}
+ENCODER_RUNS = 5
+
 
 @dataclass
 class Times:
-    """Seconds of each stage: `load`, and one entry a chunk (`camera`, `denoise`: its steps and the clean pass) or a latent frame (`decode`)."""
+    """Seconds of each stage: `load`, and one entry a chunk (`camera`, `denoise`: its steps and the clean pass) or a latent frame (`decode`).
+
+    `encode` has the repetitions of each encoder, which is given back before the clip begins.
+    """
 
     load: float = 0.0
+    encode: dict[str, list[float]] = field(default_factory=dict)
     camera: list[float] = field(default_factory=list)
     denoise: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
@@ -60,6 +67,9 @@ class Bench:
             self.engine.load(name)
         self.engine.synchronize()
         self.times.load = time.perf_counter() - begin
+        for name in ENCODERS:
+            if name in self.bundle.manifest.programs:
+                self._encode(name)
         text = self._text()
         state = StreamState(self.engine, self.geometry)
         buffers = {kind: self._buffers(kind) for kind in ("first", "steady")}
@@ -80,6 +90,19 @@ class Bench:
 
     def _random(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         return self.random.standard_normal(shape, np.float32)
+
+    def _encode(self, name: str) -> None:
+        """Time an encoder on a random prompt or picture, then give it back."""
+        entry = self.bundle.manifest.programs[name]
+        specs = [TensorSpec(t.name, t.dtype, t.shape) for t in (*entry.inputs, *entry.outputs)]
+        buffers = {spec.name: self.engine.allocate(spec) for spec in specs}
+        for t in entry.inputs:
+            tokens = self.random.integers(0, self.geometry.config.text.vocab, t.shape) if t.name == "input_ids" else np.ones(t.shape, np.int64)
+            self.engine.write(buffers[t.name], self.random.uniform(-1, 1, t.shape) if name == "image_encoder" else tokens)
+        self.engine.run(name, buffers)  # records the graph
+        for _ in range(ENCODER_RUNS):
+            self._timed(self.times.encode.setdefault(name, []), lambda: self.engine.run(name, buffers))
+        self.engine.unload(name)
 
     def _text(self) -> dict[str, CudaBuffer]:
         program = self.programs["prompt_kv"]
@@ -136,11 +159,12 @@ def rows(bench: Bench, gpu: Gpu | None) -> list[dict[str, Any]]:
         return None if gpu is None else sum(n * sum(floor_us(s, gpu) for s in plans[name].steps) for name, n in counts.items()) / 1e6
 
     found = [_row(f"engine.load.{recipe}", "wall", [times.load], None, "reading or making, packing and sending all weights")]
-    cases = (
+    cases = [
         ("engine.camera", times.camera[2:], floor(camera=1), "one chunk's camera program"),
         ("engine.chunk", times.denoise[2:], floor(denoise_steady=steps, commit_steady=1), f"{steps} denoising steps and the clean pass of one chunk"),
         ("engine.decode", times.decode[2:], floor(decode=1) if "decode" in plans else None, "one latent frame to eight frames on the device"),
-    )
+    ]
+    cases += [(f"engine.{name}", values, floor(**{name: 1}), ENCODERS[name]) for name, values in times.encode.items()]
     found += [_row(f"{case}.{recipe}", "median", values, bound, what) for case, values, bound, what in cases if values]
     frames = 8 * (bench.chunks[-1].end - 1) + 1
     total = [sum(times.denoise) + sum(times.camera)]

@@ -15,15 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sanawm.errors import UserError
+from sanawm.errors import CheckpointError, UserError
+from sanawm.model.checkpoint import Checkpoint
+from sanawm.model.checkpoint.checkpoint import text_shapes
+from sanawm.model.checkpoint.tiny_tokenizer import CHI_PROMPT, build_tokenizer
 from sanawm.programs import Geometry, Program, TensorSpec, programs
+from sanawm.prompt import PromptTokenizer
 from sanawm.schedule import first_chunk_frames
-from sanawm_export.build import BuildRequest, Progress, add_prompt, manifest_of, open_prompt, program_entry
+from sanawm_export.build import PROMPT_FILE, TOKENIZER_FILE, BuildRequest, Progress, add_prompt, manifest_of, open_prompt, program_entry
 from sanawm_export.bundle_writer import BundleWriter
 from sanawm_export.cuda.formats import ASSUMED_AMAX, formats_for
-from sanawm_export.cuda.lower import dit_weights, lower_euler, lower_part_decoder, lower_part_dit
+from sanawm_export.cuda.lower import lower_parts
 from sanawm_export.cuda.tape import Lowered
-from sanawm_export.cuda.vae_weights import DecoderWeights
+from sanawm_export.cuda.text_weights import check_text_settings
 from sanawm_kernels.aot import compile as compiler
 from sanawm_kernels.aot.build import cache_directory
 from sanawm_kernels.aot.spec import KernelVariant
@@ -38,13 +42,13 @@ _NVFP4_CAPABILITIES = ("sm_120", "sm_121")
 
 
 def build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
-    """Write a bundle of the transformer's and the decoder's programs for one architecture; needs no GPU.
+    """Write a bundle of all programs and the Euler step for one architecture; needs no GPU.
 
-    The bundle holds `prompt_kv`, `camera*`, `denoise_*`, `commit_*`, `decode*` and the Euler step; the encoders are not among them. Raises
-    UserError; leaves a whole bundle at `out` or what was there.
+    Raises UserError; leaves a whole bundle at `out` or what was there.
     """
     request.checkpoint.check()
     prompt = open_prompt(request.checkpoint)
+    check_text_settings(text_folder(request.checkpoint))
 
     def add_weights(writer: BundleWriter, part: str, tensors: Sequence[Packed]) -> dict[str, Any]:
         file = f"weights/{part}.safetensors"
@@ -60,24 +64,47 @@ def build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, pro
 def build_cuda_synthetic(
     request: BuildRequest, out: Path, seed: int, *, overwrite: bool = False, progress: Progress | None = None
 ) -> Bundle:
-    """The same without weights: the bundle names the seed, and the runtime makes the weights of the synthetic checkpoint with that seed."""
+    """The same without weights: the bundle names the seed, and the runtime makes the weights of the synthetic checkpoint with that seed.
+
+    Its tokenizer is that of synthetic checkpoints.
+    """
     if not 0 <= seed < 2**63:
         raise UserError(f"expected a seed from 0 to 2**63 - 1, found {seed}; choose another")
-    tokens = request.checkpoint.world.dit.text_tokens
-    return write_bundle(request, out, tokens, lambda *_: {"seed": seed}, lambda _: None, overwrite=overwrite, progress=progress)
+    world = request.checkpoint.world
+    tokenizer, chi = build_tokenizer(world.text.vocab), "\n".join(CHI_PROMPT)
+    stored = tokenizer.to_str().encode()
+    prompt = PromptTokenizer(tokenizer, chi, world.dit.text_tokens)
+
+    def add_more(writer: BundleWriter) -> None:
+        writer.add_bytes(TOKENIZER_FILE, stored)
+        writer.add_bytes(PROMPT_FILE, json.dumps({"chi": chi}).encode())
+
+    return write_bundle(request, out, prompt.max_length, lambda *_: {"seed": seed}, add_more, overwrite=overwrite, progress=progress)
+
+
+def text_folder(checkpoint: Checkpoint) -> Path:
+    """Folder of the checkpoint's text encoder. Raises CheckpointError where there is none."""
+    if checkpoint.text_dir is None:
+        raise CheckpointError(f"{checkpoint.source} has no text encoder; give the Gemma-2 one with --text-encoder")
+    return checkpoint.text_dir
 
 
 def _reader(request: BuildRequest, part: str) -> Read:
-    """Tensors of a part of the checkpoint in float32; the last few are kept, since a tensor may be packed twice."""
+    """Tensors of a part of the checkpoint in float32. The transformer's last few are kept, since they may be packed twice."""
+    checkpoint = request.checkpoint
+    if part == "text":
+        stored, names = text_shapes(text_folder(checkpoint))
+        return lambda name, shape: stored.get(names[name]).float().numpy().reshape(shape)
+    if part != "dit":
+        tensors = checkpoint.load_vae("decoder" if part == "vae" else "encoder")
+        return lambda name, shape: tensors[name].float().numpy().reshape(shape)
     kept: dict[str, NDArray[np.float32]] = {}
-    decoder = request.checkpoint.load_vae("decoder") if part == "vae" else {}
 
     def read(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
         if name not in kept:
             if len(kept) >= 8:
                 kept.pop(next(iter(kept)))
-            tensor = decoder[name] if part == "vae" else next(iter(request.checkpoint.iter_dit(names=[name])))[1]
-            kept[name] = tensor.float().numpy()
+            kept[name] = next(iter(checkpoint.iter_dit(names=[name])))[1].float().numpy()
         return kept[name].reshape(shape)
 
     return read
@@ -129,26 +156,25 @@ def write_bundle(
     first = first_chunk_frames(request.latent_frames, world.stream.chunk_frames)
     geometry = Geometry(world, prompt_tokens, first, "bfloat16")
     formats = formats_for(world.dit, request.precision)
-    dit, vae = dit_weights(geometry, formats), DecoderWeights(world.vae, geometry.dtype)
-    lowered = {
-        "dit": lower_part_dit(geometry, dit, target) | lower_euler(geometry),
-        "vae": lower_part_decoder(geometry, vae, target) if world.vae.decoder_causal else {},
-    }
-    signatures = programs(geometry, ("dit", "vae")) | euler_programs(geometry)
+    lowered = lower_parts(geometry, formats, target)
+    signatures = programs(geometry) | euler_programs(geometry)
     entries: dict[str, ProgramEntry] = {}
     with BundleWriter(out, overwrite=overwrite) as writer:
-        _add_kernels(writer, merged_variants(lowered["dit"] | lowered["vae"]), target, progress)
-        for part, results in lowered.items():
-            if not results:
+        everything = {name: result for part in lowered.values() for name, result in part.programs.items()}
+        _add_kernels(writer, merged_variants(everything), target, progress)
+        for key, part in lowered.items():
+            if not part.programs:
                 continue
-            table = f"weights/{part}.json"
-            for name, result in results.items():
+            table = f"weights/{key}.json"
+            for name, result in part.programs.items():
                 file = f"plans/{name}.json"
                 writer.add_bytes(file, result.plan.to_json())
                 extras: dict[str, object] = {"weights": table, "kernels": KERNEL_INDEX, "arena": result.plan.arena}
+                if name == "text_encoder":
+                    extras |= {"tokenizer": TOKENIZER_FILE, "prompt": PROMPT_FILE}
                 entries[name] = program_entry(signatures[name], file, extras)
-            tensors = tuple((dit if part == "dit" else vae).tensors.values())
-            document = {"tensors": [dataclasses.asdict(t) for t in tensors], **add_weights(writer, part, tensors)}
+            tensors = tuple(part.tensors.values())
+            document = {"tensors": [dataclasses.asdict(t) for t in tensors], **add_weights(writer, key, tensors)}
             writer.add_bytes(table, json.dumps(document, separators=(",", ":")).encode())
         add_more(writer)
         summary: dict[str, Any] = {"activations": "bfloat16", "weights": "bfloat16", "products": formats.summary()}

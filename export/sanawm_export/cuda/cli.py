@@ -17,10 +17,13 @@ from sanawm.programs import Geometry
 from sanawm.schedule import chunk_grid, first_chunk_frames, latent_frames
 from sanawm_export.cuda import arena, cost
 from sanawm_export.cuda.formats import PRECISIONS, formats_for
-from sanawm_export.cuda.lower import dit_weights, lower_part_dit
+from sanawm_export.cuda.lower import lower_parts
 from sanawm_runtime.bundle.manifest import utc_now
 from sanawm_runtime.engines._cuda_plan import Launch, Plan
 from sanawm_runtime.targets import resolve_target
+
+# Prompts begin with an instruction of 1,057 characters; a plan without a tokenizer takes it to be this long.
+PREFIX_TOKENS = 240
 
 
 @click.command("plan")
@@ -41,9 +44,10 @@ def plan(target: str, precision: str, size: str, frames: int, program: str, on: 
     if name not in cost.GPUS:
         raise UserError(f"the peaks of {name} are not known; choose one of {', '.join(cost.GPUS)} with --gpu")
     world, latents = preset(size), latent_frames(frames)
-    geometry = Geometry(world, world.dit.text_tokens, first_chunk_frames(latents, world.stream.chunk_frames), "bfloat16")
-    lowered = lower_part_dit(geometry, dit_weights(geometry, formats_for(world.dit, precision)), int(place.capability.removeprefix("sm_")))
-    plans = {key: low.plan for key, low in lowered.items()}
+    first = first_chunk_frames(latents, world.stream.chunk_frames)
+    geometry = Geometry(world, world.dit.text_tokens + PREFIX_TOKENS, first, "bfloat16")
+    parts = lower_parts(geometry, formats_for(world.dit, precision), int(place.capability.removeprefix("sm_")))
+    plans = {key: low.plan for part in parts.values() for key, low in part.programs.items()}
     if program not in plans:
         raise UserError(f"there is no program '{program}'; choose one of {', '.join(plans)}")
     chunks = len(chunk_grid(latents, world.stream.chunk_frames))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sanawm.config import DiTConfig
 from sanawm_export.cuda.tape import Tape
+from sanawm_export.cuda.text_weights import TextWeights
 from sanawm_export.cuda.weights import DiTWeights
 from sanawm_runtime.engines._cuda_plan import TRITON_TYPES, View
 
@@ -36,11 +37,13 @@ class Context:
     """One program's lowering."""
 
     tape: Tape
-    weights: DiTWeights
+    weights: DiTWeights | TextWeights
     target: int
 
     @property
     def config(self) -> DiTConfig:
+        """The transformer's configuration; only its programs may ask for it."""
+        assert isinstance(self.weights, DiTWeights)
         return self.weights.config
 
     @property

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sanawm_export.cuda import encoder_definitions
 from sanawm_kernels.attention import naive as attention
 from sanawm_kernels.attention.naive import InverseUCPE, Segment
 from sanawm_kernels.chunk import naive as chunk
@@ -261,4 +262,5 @@ DEFINITIONS: Mapping[str, Callable[[Arguments, Arguments], None]] = {
     "sanawm_kernels.conv.kernels:latent_rows": latent_rows,
     "sanawm_kernels.conv.kernels:norm_silu": norm_silu,
     "sanawm_kernels.conv.kernels:causal_conv": causal_conv,
+    **encoder_definitions.DEFINITIONS,
 }

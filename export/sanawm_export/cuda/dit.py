@@ -22,7 +22,7 @@ _CAMERA = ("rays", "rays_inverse", "cos", "sin", "cam_cos", "cam_sin")
 
 @dataclass(frozen=True)
 class Modulation:
-    """AdaLN rows of every frame, (T, 6C a block and 2C) float32."""
+    """AdaLN rows of every frame, (T, 6C a block and 2C), in the activations' dtype: computed in float64 at build time and rounded once."""
 
     rows: View
     hidden: int
@@ -60,9 +60,9 @@ def _modulation_rows(ctx: Context, frames: int, commit: bool) -> View:
     if commit:  # the last timestep of the table is 0, for every frame
         return table.narrow(0, table.shape[0] - 1, 1).repeat_rows(frames)
     width = modulation_width(ctx.config)
-    rows = ctx.tensor("modulation", frames, width, dtype="float32")
+    rows = ctx.tensor("modulation", frames, width)
     bindings = {"timestep": ctx.tape.input("timestep"), "steps": ctx.weight("timesteps"), "table": table, "out": rows, "WIDTH": width}
-    ctx.tape.launch("modulation", chunk.modulation_rows(table.shape[0]), bindings, ("out",), FRAMES=frames)
+    ctx.tape.launch("modulation", chunk.modulation_rows(ctx.kind, table.shape[0]), bindings, ("out",), FRAMES=frames)
     return rows
 
 
@@ -117,13 +117,13 @@ def _block(
         main, cam = softmax_attention(ctx, name, merged, camera, past, new)
     else:
         main, cam = gdn_attention(ctx, name, u, merged, camera, T, past, new)
-    gated = product(ctx, "out_cam", f"{name}.out_cam", Rows(cam), add=main, gate=merged.part(6), quantize_for=f"{name}.proj", keep=False)
+    gated = product(ctx, "out_cam", f"{name}.out_cam", cam, add=main, gate=merged.part(6), quantize_for=f"{name}.proj", keep=False)
     plucker = ctx.tape.input(f"plucker.{i}").reshape(M, c.hidden)
     stream = product(
         ctx, "proj", f"{name}.proj", gated, frame_gate=gate1, tokens=S, residual=x, extra=plucker, quantize_for=f"{name}.cross_q"
     )
     attended = cross_attention(ctx, name, stream, *text)
-    x = product(ctx, "cross.proj", f"{name}.cross_proj", Rows(attended), residual=stream.values).values
+    x = product(ctx, "cross.proj", f"{name}.cross_proj", attended, residual=stream.values).values
     u = modulate(ctx, "modulate2", x, shift2, scale2, f"{name}.inverted")
     inner = product(ctx, "inverted", f"{name}.inverted", u, silu=True).values
     mixed = depthwise_glu(ctx, "depthwise", inner, name, T, f"{name}.point")

@@ -16,10 +16,11 @@ PRECISIONS = ("bf16", "fp8", "mixed", "nvfp4")
 # 64 times too large (21.95 dB at the true maximum, 21.92 at 512 times it, on synthetic layers), so true maxima of 8 to 512 are served alike.
 ASSUMED_AMAX = 512.0
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
-# The camera's projections and what small products there are stay out of NVFP4; in `mixed` the FFN's early blocks do too.
+# The camera's projections keep 8 bits: their errors are lost camera following. What runs once a chunk or a prompt stays plain. In `mixed` the
+# FFN's early blocks keep 8 bits too.
 _NVFP4 = ("proj", "cross_q", "cross_proj", "inverted", "point", "temporal")
 _MIXED = ("cross_proj", "temporal", "inverted", "point")
-_FP8 = ("merged", "proj", "cross_q", "cross_proj", "inverted", "point")
+_FP8 = ("merged", "out_cam", "proj", "cross_q", "cross_proj", "inverted", "point")
 _LATE = ("inverted", "point")
 # The published search keeps the FFN of the first 6 of 20 blocks in FP8 (SANA-Streaming).
 _EARLY_SHARE = 0.3

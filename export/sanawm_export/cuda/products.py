@@ -127,13 +127,13 @@ def product(
     bias = ctx.weight(f"{name}.bias") if ctx.has(f"{name}.bias") else None
     if bias is not None and rows_of is not None:
         bias = bias.narrow(0, rows_of.start, columns)
-    done, fill, parameters = _epilogue_quantization(ctx, label, M, columns, quantize_for)
+    done, fill, parameters = tile_quantization(ctx, label, M, columns, quantize_for)
     stored = keep or done.quant is None
     result = (ctx.tensor(label, M, columns) if out is None else out) if stored else None
     frame_gate = operands.get("frame_gate")
     finish = Finish(
         out=ctx.kind, keep=stored, bias=bias is not None, silu=silu, add="add" in operands, gate="gate" in operands,
-        frame_gate=None if frame_gate is None else "fp32", residual="residual" in operands, extra="extra" in operands, squares=squares is not None,
+        frame_gate=None if frame_gate is None else ctx.kind, residual="residual" in operands, extra="extra" in operands, squares=squares is not None,
         weight=ctx.kind, **parameters,
     )  # fmt: skip
     unit = _unit(ctx, name)
@@ -143,8 +143,13 @@ def product(
     return Rows(result, done.quant, done.codes, done.scales, done.scale)
 
 
-def _epilogue_quantization(ctx: Context, label: str, M: int, columns: int, quantize_for: str | None) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
-    """Nothing where the next product takes plain rows, or rows scaled one by one, which no tile can make."""
+def tile_quantization(
+    ctx: Context, label: str, M: int, columns: int, quantize_for: str | None
+) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
+    """`quantized_rows` by a kernel whose programs see parts of a row.
+
+    Nothing where the next product takes plain rows, or rows scaled one by one, which no tile can make.
+    """
     if quantize_for is None or ctx.weights.formats.of(quantize_for).quant in (None, "fp8_rows"):
         return Rows(None), {}, {}
     return quantized_rows(ctx, label, M, columns, quantize_for)
@@ -157,7 +162,7 @@ def temporal_product(
     x = as_operand(ctx, label, x, name)
     M, C = (x.plain or x.codes).shape[0], add.shape[1]  # type: ignore[union-attr]
     b = _b_arguments(ctx, name, None)
-    finish = Finish(out=ctx.kind, add=True, frame_gate="fp32", residual=True, weight=ctx.kind)
+    finish = Finish(out=ctx.kind, add=True, frame_gate=ctx.kind, residual=True, weight=ctx.kind)
     unit = _unit(ctx, name)
     variant = plans.temporal_conv(
         operand_of(x.quant, ctx.kind), _b_operand(ctx, name), C, C, frame, M, tail is not None, finish, default_config(ctx.target, unit)

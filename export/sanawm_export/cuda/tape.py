@@ -97,6 +97,7 @@ class Tape:
         *,
         flops: int = 0,
         unit: str = "",
+        gathered: tuple[str, ...] = (),
         **grid_sizes: int,
     ) -> None:
         """Record a launch of `variant`; of `bindings` those that its signature names are taken. Raises ValueError for what does not fit it."""
@@ -112,7 +113,7 @@ class Tape:
             changed = [n for n in variant.constexprs if known.constexprs.get(n) != variant.constexprs[n]]
             raise ValueError(f"{self._label(label)}: two kernels are named {variant.name}; they differ in {', '.join(changed) or 'their signature'}")
         written = tuple(name for name in arguments if name in writes)
-        self._steps.append(Launch(self._next_group(), self._label(label), variant.name, grid, arguments, written, flops, unit))
+        self._steps.append(Launch(self._next_group(), self._label(label), variant.name, grid, arguments, written, flops, unit, gathered))
 
     def copy(self, label: str, source: View, target: View) -> None:
         """Record a copy of rows."""

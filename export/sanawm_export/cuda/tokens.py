@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sanawm_export.cuda.context import Context, Rows
-from sanawm_export.cuda.products import quantized_rows
+from sanawm_export.cuda.products import quantized_rows, tile_quantization
 from sanawm_export.cuda.tape import row_stride
 from sanawm_kernels.tokenwise import block_plans, plans
 from sanawm_runtime.engines._cuda_plan import View
@@ -17,7 +17,7 @@ def modulate(ctx: Context, label: str, x: View, shift: View, scale: View, produc
     done, fill, parameters = quantized_rows(ctx, label, M, C, product)
     stored = keep or done.quant is None
     out = ctx.tensor(label, M, C) if stored else None
-    variant = plans.update_rows(ctx.kind, C, M // shift.shape[0], modulate=True, modulation="fp32", keep=stored, **parameters)
+    variant = plans.update_rows(ctx.kind, C, M // shift.shape[0], modulate=True, keep=stored, **parameters)
     rows = {"shift": shift, "shift_row": row_stride(shift), "scale": scale, "scale_row": row_stride(scale)}
     bindings = {"x": x, "x_row": row_stride(x), **rows, "out": out}
     ctx.tape.launch(label, variant, bindings | fill, ("out", "codes", "scales"), ROWS=M)
@@ -27,8 +27,6 @@ def modulate(ctx: Context, label: str, x: View, shift: View, scale: View, produc
 def rms_norm(ctx: Context, label: str, x: View, weight: View, eps: float, out: View | None = None) -> View:
     """RMS norm of rows."""
     variant = plans.norm_rows(ctx.kind, ctx.kind, x.shape[1], eps)
-    # Two norms of one width may differ in eps, which the kernel's name does not tell.
-    variant = replace(variant, name=f"{variant.name}.eps{round(1 / eps)}")
     result = out or ctx.tensor(label, *x.shape)
     ctx.tape.launch(label, variant, {"x": x, "x_row": row_stride(x), "weight": weight, "out": result}, ("out",), ROWS=x.shape[0])
     return result
@@ -53,8 +51,7 @@ def decay_logits(ctx: Context, label: str, u: View, block: str, frames: int) -> 
 def depthwise_glu(ctx: Context, label: str, x: View, block: str, frames: int, product: str) -> Rows:
     """Depthwise 3x3 of every frame and gated linear unit, (M, 2G) -> (M, G), quantized for `product` where a tile can."""
     M, G, c = x.shape[0], x.shape[1] // 2, ctx.config
-    rowwise = ctx.weights.formats.of(product).quant == "fp8_rows"
-    done, fill, parameters = (Rows(None), {}, {}) if rowwise else quantized_rows(ctx, label, M, G, product)
+    done, fill, parameters = tile_quantization(ctx, label, M, G, product)
     out = ctx.tensor(label, M, G) if done.quant is None else None
     variant = block_plans.depthwise_glu(ctx.kind, ctx.kind, c.height, c.width, G, keep=done.quant is None, **parameters)
     bindings = {"x": x, "x_row": row_stride(x), "taps": ctx.weight(f"{block}.taps"), "bias": ctx.weight(f"{block}.taps.bias"), "out": out}

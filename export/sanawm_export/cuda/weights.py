@@ -9,15 +9,10 @@ from sanawm.camera.rope import rope_grid
 from sanawm.config import DiTConfig
 from sanawm.keys import dit_tensors
 from sanawm_export.cuda.formats import Format, Formats
+from sanawm_kernels.gemm.variants import padded
 from sanawm_runtime.engines._cuda_pack import Encoding, Packed, Source
 
-# A merged projection's columns are padded to a multiple of this: an odd width costs a GEMM library three times the time (cuBLAS on an H200).
-COLUMN_MULTIPLE = 64
 TIMESTEP_WIDTH = 256
-
-
-def padded(columns: int) -> int:
-    return -(-columns // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
 
 
 class DiTWeights:
@@ -126,7 +121,7 @@ class DiTWeights:
         tables = [f"blocks.{i}.scale_shift_table" for i in range(c.depth)] + ["final_layer.scale_shift_table"]
         sources = tuple(self._source(name) for name in (*layers, *tables))
         steps = tuple(float(t) for t in self.timesteps)
-        yield Packed("modulation", "float32", (len(steps), modulation_width(c)), "modulation", sources, steps, rounding=self.dtype)
+        yield Packed("modulation", self.dtype, (len(steps), modulation_width(c)), "modulation", sources, steps, rounding=self.dtype)  # type: ignore[arg-type]
         yield Packed("timesteps", "float32", (len(steps),), "constant", (), steps)
 
 

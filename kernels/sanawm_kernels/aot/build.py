@@ -10,14 +10,18 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sanawm_kernels.aot import compile as compiler
 from sanawm_kernels.aot.spec import KernelVariant, ModelSizes, all_variants
+from sanawm_kernels.gemm.plans import EMULATED_FP4
+from sanawm_kernels.gemm.variants import emulated
 
 SCHEMA = 1
 INDEX = "index.json"
+EMULATING_TRITON = (3, 9)
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,12 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sanawm" / "kernels"
 
 
-def select(sizes: ModelSizes, target: int, only: Sequence[str] = ()) -> list[KernelVariant]:
-    """Variants of a target; with `only`, those whose name matches one of its patterns (`gdn.*`)."""
-    return [variant for variant in all_variants(sizes, target) if not only or any(fnmatchcase(variant.name, pattern) for pattern in only)]
+def select(sizes: ModelSizes, target: int, only: Sequence[str] = (), emulate_nvfp4: bool = False) -> list[KernelVariant]:
+    """Variants of a target; with `only`, those whose name matches one of its patterns (`gdn.*`). `emulate_nvfp4`: see `build`."""
+    found = all_variants(sizes, target)
+    if emulate_nvfp4 and target == EMULATED_FP4:
+        found += emulated(sizes)
+    return [variant for variant in found if not only or any(fnmatchcase(variant.name, pattern) for pattern in only)]
 
 
 def build(
@@ -49,16 +56,20 @@ def build(
     cache: Path | None = None,
     only: Sequence[str] = (),
     ptx_version: int | None = None,
+    emulate_nvfp4: bool = False,
     report: Callable[[Built], None] = lambda built: None,
 ) -> dict[int, list[dict[str, Any]]]:
     """Compile all variants for `targets` into `out_dir/sm_XX/<name>.cubin` with `out_dir/sm_XX/index.json`; returns the indices' entries.
 
     jobs: processes (default: the machine's cores). cache: content-addressed directory that keeps finished variants, also of an interrupted
-    build. report: called as variants finish. An index appears only once all its files are in place.
-    Raises CompileError for the first variant that fails, ValueError when nothing matches.
+    build. report: called as variants finish. An index appears only once all its files are in place. emulate_nvfp4: sm_90 gets the NVFP4
+    products as well, to check their numbers on a GPU without units for them.
+    Raises CompileError for the first variant that fails, ValueError when nothing matches or this Triton cannot emulate.
     """
     sizes = sizes or ModelSizes()
-    work = [(target, variant) for target in targets for variant in select(sizes, target, only)]
+    if emulate_nvfp4:
+        _check_emulation(targets)
+    work = [(target, variant) for target in targets for variant in select(sizes, target, only, emulate_nvfp4)]
     if not work:
         raise ValueError(f"no kernel variant of {', '.join(f'sm_{t}' for t in targets)} matches {' or '.join(only) or 'anything'}")
     kept = None if cache is None else str(cache)
@@ -84,6 +95,14 @@ def build(
         found.sort(key=lambda entry: entry["name"])
         _write(out_dir / f"sm_{target}" / INDEX, _index(target, ptx_version, found))
     return entries
+
+
+def _check_emulation(targets: Sequence[int]) -> None:
+    found = version("triton")
+    if EMULATED_FP4 not in targets:
+        raise ValueError(f"NVFP4 products are emulated on sm_{EMULATED_FP4}, found no such target; leave --emulate-nvfp4 out")
+    if tuple(map(int, found.split(".")[:2])) < EMULATING_TRITON:
+        raise ValueError(f"NVFP4 products on sm_{EMULATED_FP4} need Triton {'.'.join(map(str, EMULATING_TRITON))} or later, found {found}")
 
 
 def _stop(pool: concurrent.futures.ProcessPoolExecutor) -> None:

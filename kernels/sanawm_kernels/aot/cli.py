@@ -43,12 +43,13 @@ def kernels_group() -> None:
 @click.option("--only", multiple=True, metavar="PATTERN", help="Build only variants whose name matches, for example 'gdn.*'. Repeatable.")
 @click.option("--jobs", type=click.IntRange(1), help="Compilers at a time (default: one a core).")
 @click.option("--ptx-version", type=click.IntRange(80, 99), help="Cap the PTX version for older drivers: 87 runs on CUDA 12.8 drivers.")
+@click.option("--emulate-nvfp4", is_flag=True, help="Also NVFP4 products for sm_90, to check their numbers there; needs Triton 3.9.")
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), help="Directory that keeps compiled variants between builds.")
 @click.option("--no-cache", is_flag=True, help="Compile everything anew.")
 @click.option("--json", "as_json", is_flag=True, help="Print the indices as JSON.")
 def build_command(
     targets: str, output: Path, preset: str, only: tuple[str, ...], jobs: int | None, ptx_version: int | None, cache: Path | None,
-    no_cache: bool, as_json: bool,
+    no_cache: bool, emulate_nvfp4: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile every kernel variant the model needs to cubins, with an index a target."""
     console = Console(stderr=True)
@@ -65,7 +66,9 @@ def build_command(
 
         try:
             kept = None if no_cache else cache or cache_directory()
-            entries = build(chosen, output, PRESETS[preset], jobs=jobs, cache=kept, only=only, ptx_version=ptx_version, report=report)
+            entries = build(
+                chosen, output, PRESETS[preset], jobs=jobs, cache=kept, only=only, ptx_version=ptx_version, emulate_nvfp4=emulate_nvfp4, report=report
+            )  # fmt: skip
         except CompileError as error:
             raise click.ClickException(str(error)) from error
         except ValueError as error:

@@ -27,7 +27,10 @@ _TYPE = re.compile(r"(\*(bf16|fp16|fp32|fp64|fp8e4nv|fp8e5|u8|i8|i32|i64)|bf16|f
 class ModelSizes:
     """Sizes that decide which variants exist; the defaults are the official 2.6B model streaming at 704x1280.
 
-    `frames` lists the chunk lengths that occur (first, steady), `cached` the cached key lengths of the softmax window in frames.
+    `frames` lists the chunk lengths that occur (first, steady), `cached` the cached key lengths of the softmax window in frames, `timesteps`
+    counts those with a modulation row (the denoising steps and 0). `decoder_widths` are those of the video decoder's stages as the
+    checkpoint lists them, the widest last, `encoder_widths` what the encoder's stages make, and `patch` is the side of a pixel patch. The text
+    encoder is as wide as the captions.
     """
 
     hidden: int = 2240
@@ -41,9 +44,17 @@ class ModelSizes:
     caption_channels: int = 2304
     latent_channels: int = 128
     plucker_channels: int = 48
+    timesteps: int = 5
+    decoder_widths: tuple[int, ...] = (256, 512, 1024)
+    encoder_widths: tuple[int, ...] = (256, 512, 1024, 2048)
+    patch: int = 4
     batch: int = 1
     rms_clamp: bool = False
     camera_conv_tail: bool = True
+    text_heads: int = 8
+    text_kv_heads: int = 4
+    text_head_dim: int = 256
+    text_intermediate: int = 9216
 
     @property
     def heads(self) -> int:
@@ -57,9 +68,27 @@ class ModelSizes:
     def glu_width(self) -> int:
         return self.hidden * self.mlp_ratio
 
+    @property
+    def rope_pairs(self) -> tuple[int, int, int]:
+        """Rotary pairs of a head for time, rows and columns."""
+        side = self.head_dim // 6
+        return self.head_dim // 2 - 2 * side, side, side
+
+    @property
+    def camera_rope_pairs(self) -> tuple[int, int, int]:
+        """The same of the second half of a head, which the camera branch turns."""
+        side = self.head_dim // 12
+        return self.head_dim // 4 - 2 * side, side, side
+
 
 # Sizes by the name of a model preset; `tiny` is the model of the examples and tests.
-PRESETS = {"full": ModelSizes(), "tiny": ModelSizes(128, 32, 6, 10, text_tokens=32, caption_channels=64, latent_channels=16)}
+PRESETS = {
+    "full": ModelSizes(),
+    "tiny": ModelSizes(
+        128, 32, 6, 10, text_tokens=512, caption_channels=64, latent_channels=24, decoder_widths=(24, 48, 96), encoder_widths=(24, 48, 64, 64),
+        text_heads=4, text_kv_heads=2, text_head_dim=16, text_intermediate=128,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,14 +143,14 @@ class KernelVariant:
 
 
 def all_variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
-    """Every variant the model needs on compute capability `target`, sorted by name; ValueError if two share a name."""
+    """Every variant the model needs on compute capability `target`, sorted by name; ValueError if two that differ share a name."""
     found: dict[str, KernelVariant] = {}
     for package in sorted(m.name for m in pkgutil.iter_modules(sanawm_kernels.__path__, "sanawm_kernels.") if m.ispkg):
         module = f"{package}.variants"
         if importlib.util.find_spec(module) is None:
             continue
         for variant in importlib.import_module(module).variants(sizes, target):
-            if variant.name in found:
+            if found.get(variant.name, variant) != variant:
                 raise ValueError(f"two kernel variants are named {variant.name}")
             if target in variant.targets:
                 found[variant.name] = variant

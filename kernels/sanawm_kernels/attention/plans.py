@@ -7,7 +7,19 @@ from functools import cache
 from sanawm_kernels.aot.spec import KernelVariant
 from sanawm_kernels.attention.table import Tile
 from sanawm_kernels.tokenwise.block_plans import power_of_two
-from sanawm_kernels.tokenwise.plans import QUANT_CODES, arguments, pointer, quant_entries, quant_name, stride, targets_of
+from sanawm_kernels.tokenwise.plans import (
+    LAYER_EPS,
+    QUANT_CODES,
+    arguments,
+    eps_name,
+    native_fp4,
+    other,
+    pointer,
+    quant_entries,
+    quant_name,
+    stride,
+    targets_of,
+)
 
 KERNELS = "sanawm_kernels.attention.kernels"
 
@@ -33,7 +45,9 @@ def window_attention(
     rays_batched: tokens of a batch where every batch has its own ray matrices, 0 where they share one set.
     """
     fp8 = kind == "fp8e4nv"
-    out = out or kind
+    # What FP8 operands give is the model's own dtype, which is bfloat16 where nothing else is said.
+    usual = "bf16" if fp8 else kind
+    out = out or usual
     row = stride(heads * width)
     entries: dict[str, str | None] = {"q": pointer(kind), "q_row": row, "q_batch": "i64:16"}
     for i in range(3):
@@ -47,11 +61,12 @@ def window_attention(
     signature, absent = arguments(entries)
     constants = {
         "HEADS": heads, "D": width, "P": power_of_two(width, 16), "BM": tile.queries, "BN": tile.keys, "RAYS": rays_batched,
-        "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native, "BF16": out == "bf16", "PRECISION": "ieee",
+        "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native), "BF16": out == "bf16", "PRECISION": "ieee",
     }  # fmt: skip
     short = {"fp8e4nv": "fp8"}.get(kind, kind)
     return KernelVariant(
-        name=f"attention.window{'_ucpe' if ucpe else ''}.h{heads}.d{width}.s{segments}.{short}{quant_name(quant, swizzled, keep)}",
+        name=f"attention.window{'_ucpe' if ucpe else ''}.h{heads}.d{width}.s{segments}"
+        f"{f'.rays{rays_batched}' if rays_batched else ''}.{short}{other(out, usual, 'out')}{quant_name(quant, swizzled, keep)}",
         kernel=f"{KERNELS}:window_attention",
         signature=signature,
         constexprs=absent | constants,
@@ -95,11 +110,12 @@ def cross_attention(
     group = 1 if parts else max(g for g in (5, 4, 3, 2, 1) if heads % g == 0)
     constants = {
         "HEADS": heads, "GROUP": group, "PARTS": parts, "BP": power_of_two(max(parts, 1)), "D": width, "P": power_of_two(width, 16),
-        "BM": tile.queries, "BN": tile.keys, "EPS": eps, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native,
+        "BM": tile.queries, "BN": tile.keys, "EPS": eps, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native),
         "BF16": kind == "bf16", "PRECISION": "ieee",
     }  # fmt: skip
     return KernelVariant(
-        name=f"attention.cross.h{heads}.d{width}.{'parts' + str(parts) if parts else 'norm'}.{kind}{quant_name(quant, swizzled, keep)}",
+        name=f"attention.cross.h{heads}.d{width}.{'parts' + str(parts) if parts else 'norm'}.{kind}"
+        f"{other(weight, kind, 'weight')}{eps_name(eps, LAYER_EPS)}{quant_name(quant, swizzled, keep)}",
         kernel=f"{KERNELS}:cross_attention",
         signature=signature,
         constexprs=absent | constants,

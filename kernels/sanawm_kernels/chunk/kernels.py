@@ -26,9 +26,9 @@ def modulation_rows(timestep, steps, table, out, WIDTH, K: tl.constexpr, B: tl.c
     value = tl.full((B,), float("nan"), tl.float32)
     for k in tl.static_range(K):
         found = tl.load(steps + k).to(tl.int32) == wanted
-        row = tl.load(table + k * WIDTH + column, mask=(column < WIDTH) & found, other=0.0)
+        row = tl.load(table + k * WIDTH + column, mask=(column < WIDTH) & found, other=0.0).to(tl.float32)
         value = tl.where(found, row, value)
-    tl.store(out + frame * WIDTH + column, value, mask=column < WIDTH)
+    tl.store(out + frame * WIDTH + column, value.to(out.dtype.element_ty), mask=column < WIDTH)
 
 
 @triton.jit

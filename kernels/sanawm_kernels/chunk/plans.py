@@ -23,11 +23,11 @@ def transpose(kind: str, out: str) -> KernelVariant:
 
 
 @cache
-def modulation_rows(steps: int) -> KernelVariant:
-    """Rows of a float32 table of `steps` timesteps."""
+def modulation_rows(kind: str, steps: int) -> KernelVariant:
+    """Rows of a table of `steps` timesteps."""
     return KernelVariant(
-        name=f"chunk.modulation_rows.k{steps}", kernel=f"{KERNELS}:modulation_rows",
-        signature={"timestep": "*fp32:16", "steps": "*fp32:16", "table": "*fp32:16", "out": "*fp32:16", "WIDTH": "i32:16"},
+        name=f"chunk.modulation_rows.k{steps}.{kind}", kernel=f"{KERNELS}:modulation_rows",
+        signature={"timestep": "*fp32:16", "steps": "*fp32:16", "table": f"*{kind}:16", "out": f"*{kind}:16", "WIDTH": "i32:16"},
         constexprs={"K": steps, "B": FLAT}, grid=("cdiv(WIDTH, B)", "FRAMES", "1"), grid_sizes=("FRAMES",), num_warps=4, num_stages=1,
     )  # fmt: skip
 
@@ -48,8 +48,9 @@ def ray_matrices(height: int, width: int) -> KernelVariant:
 def rope_table(height: int, width: int, pairs: tuple[int, int, int], keep: tuple[int, int, int]) -> KernelVariant:
     """Tables of `pairs` pairs for time, rows and columns, of which the first `keep` enter."""
     total = sum(keep)
+    pairs_name, keep_name = ("_".join(map(str, numbers)) for numbers in (pairs, keep))
     return KernelVariant(
-        name=f"chunk.rope_table.{height}x{width}.p{total}", kernel=f"{KERNELS}:rope_table",
+        name=f"chunk.rope_table.{height}x{width}.{pairs_name}.keep_{keep_name}", kernel=f"{KERNELS}:rope_table",
         signature={"time": "*fp32:16", "rows": "*fp32:16", "columns": "*fp32:16", "out": "*fp32:16", "N": "i32"},
         constexprs={
             "H": height, "W": width, "P": pairs[0], "Q": pairs[1], "R": pairs[2], "K0": keep[0], "K1": keep[1], "K2": keep[2],

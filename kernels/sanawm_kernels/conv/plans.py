@@ -63,7 +63,7 @@ def causal_conv(
         "BM": tuned.settings["rows"], "BN": min(tuned.settings["columns"], power_of_two(out_channels, 16)),
         "BK": min(tuned.settings["depth"], power_of_two(channels, 16)), "GROUP": 8,
     }  # fmt: skip
-    sizes = {"T": frames, "H": height, "W": width, "C": channels, "N": out_channels, "PATCH": patch, "MODE": MODES[mode]}
+    sizes = {"T": frames, "H": height, "W": width, "C": channels, "N": out_channels, "PATCH": patch if mode == "pixels" else 1, "MODE": MODES[mode]}
     return KernelVariant(
         name=f"conv.causal.{frames}x{height}x{width}.c{channels}.n{out_channels}.{mode}{'.first' if first else ''}.{kind}",
         kernel=f"{KERNELS}:causal_conv", signature=signature,

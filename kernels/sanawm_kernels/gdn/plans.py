@@ -67,8 +67,15 @@ class Problem:
         return "block" if self.main and self.camera else "main" if self.main else "camera"
 
     def name(self, phase: str, *facts: str) -> str:
-        """Dotted variant name, `gdn.<phase>.<branches>.<frames>f.<type>...`."""
-        return ".".join(("gdn", phase, self.branches, f"{self.frames}f", self.kind, *facts))
+        """Dotted variant name, `gdn.<phase>.<branches>.<frames>f.<type>...`, unique among the problems of one model's heads and grid.
+
+        What the official model does not have is named: several batches, weights and gates of other dtypes, the RMS clamp, no camera tail.
+        """
+        unusual = {
+            f"b{self.batch}": self.batch != 1, f"{self.weight_kind}_weight": self.weight_kind != self.kind,
+            f"{self.gate_kind}_gates": self.gate_kind != self.kind, "clamp": self.clamp, "no_carry": not self.camera_carry,
+        }  # fmt: skip
+        return ".".join(("gdn", phase, self.branches, f"{self.frames}f", self.kind, *facts, *(fact for fact, holds in unusual.items() if holds)))
 
 
 _trial: ContextVar[tuple[Row, ...]] = ContextVar("gdn_trial", default=())
@@ -149,7 +156,8 @@ def prepare(p: Problem, target: int) -> KernelVariant:
         "EPS": NORM_EPS, "MAIN": p.main, "CAMERA": p.camera, "CAMERA_CARRY": p.camera_carry,
         "HAS_STATE": p.has_state, "COMMIT": p.commit, "STORE_KEYS": stored,
     }  # fmt: skip
-    return _variant(p, "prepare", row(p, "prepare", target), (_form(p),), entries, constants, ("S", "B", "MAIN + CAMERA"))
+    facts = (_form(p),) + (() if stored else ("no_keys",))
+    return _variant(p, "prepare", row(p, "prepare", target), facts, entries, constants, ("S", "B", "MAIN + CAMERA"))
 
 
 def summarize(p: Problem, target: int) -> KernelVariant:

@@ -6,11 +6,22 @@ from dataclasses import dataclass
 from functools import cache
 
 from sanawm_kernels.aot.spec import TARGETS, KernelVariant
-from sanawm_kernels.tokenwise.plans import FP8_TARGETS, QUANT_CODES, arguments, pointer, quant_entries, quant_name, stride
+from sanawm_kernels.tokenwise.plans import (
+    FP8_TARGETS,
+    QUANT_CODES,
+    arguments,
+    native_fp4,
+    other,
+    pointer,
+    quant_entries,
+    quant_name,
+    stride,
+)
 
 KERNELS = "sanawm_kernels.gemm.kernels"
 # Architectures with instructions for NVFP4 products; Triton from 3.9 on also compiles them for sm_90, where it emulates them with bfloat16.
 FP4_TARGETS = tuple(t for t in TARGETS if t >= 100)
+EMULATED_FP4 = 90
 
 
 @dataclass(frozen=True)
@@ -77,7 +88,9 @@ class Finish:
     @property
     def name(self) -> str:
         parts = [n for n in ("bias", "silu", "glu", "add", "gate", "frame_gate", "residual", "extra", "squares") if getattr(self, n)]
-        return ("_".join(parts) or "plain") + f".{self.out}" + quant_name(self.quant, self.swizzled, self.keep)
+        gate = other(self.frame_gate, self.out, "frame_gate") if self.frame_gate else ""
+        bias = other(self.weight, self.out, "bias") if self.bias else ""
+        return ("_".join(parts) or "plain") + f".{self.out}{gate}{bias}" + quant_name(self.quant, self.swizzled, self.keep)
 
     def entries(self, columns: int, *, conv: bool = False) -> dict[str, str | None]:
         """Signature entries in the kernels' order."""
@@ -100,7 +113,7 @@ class Finish:
         shared: dict[str, object] = {
             "QUANT": QUANT_CODES[self.quant],
             "SWIZZLED": self.swizzled,
-            "NATIVE": self.native,
+            "NATIVE": native_fp4(self.quant, self.native),
             "BF16": self.out == "bf16",
         }
         return shared if conv else shared | {"SILU": self.silu, "GLU": self.glu}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sanawm_kernels.aot.spec import KernelVariant, ModelSizes
@@ -27,9 +28,14 @@ def operands(target: int) -> list[tuple[Operand, Operand]]:
     return found
 
 
-def merged_columns(sizes: ModelSizes) -> int:
-    """Columns of the projection of u: main and camera q, k, v, output gate, write strengths, padded."""
-    return -(-(7 * sizes.hidden + sizes.heads) // MERGED_MULTIPLE) * MERGED_MULTIPLE
+def padded(columns: int) -> int:
+    """Columns of a merged projection with those that are added."""
+    return -(-columns // MERGED_MULTIPLE) * MERGED_MULTIPLE
+
+
+def merged_columns(sizes: ModelSizes) -> tuple[int, int]:
+    """Columns of the projection of u: main and camera q, k, v, output gate; of a GDN block with the write strengths, and of a softmax block."""
+    return padded(7 * sizes.hidden + sizes.heads), padded(7 * sizes.hidden)
 
 
 def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
@@ -52,17 +58,33 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
     return list(found.values())
 
 
+def emulated(sizes: ModelSizes) -> list[KernelVariant]:
+    """The block's NVFP4 products for sm_90, which has no units for them: Triton from 3.9 on multiplies in bfloat16. For numerics, never for speed."""
+    fp4, target = Operand("nvfp4"), plans.EMULATED_FP4
+    config, recipe = default_config(target, "nvfp4"), {"quant": "nvfp4", "native": False}
+    found: dict[str, KernelVariant] = {}
+    for columns, depth, finish in _block_products(sizes, target, [recipe]):
+        variant = plans.gemm(fp4, fp4, columns, depth, sizes.tokens_per_frame, finish, config)
+        found[variant.name] = variant
+    found |= {variant.name: variant for variant in _temporal(sizes, target, fp4, fp4)}
+    return [replace(variant, targets=(target,), hot=False) for variant in found.values()]
+
+
 def _residual(**outputs: Any) -> Finish:
     """x + gate of the frame * branch + Plücker product."""
     return Finish(bias=True, frame_gate=KIND, residual=True, extra=True, **outputs)
 
 
-def _block_products(sizes: ModelSizes, target: int) -> Iterator[tuple[int, int, Finish]]:
+def _block_products(
+    sizes: ModelSizes, target: int, recipes: Sequence[dict[str, Any]] | None = None
+) -> Iterator[tuple[int, int, Finish]]:
+    """Columns, depth and epilogue of each product; `recipes` are the formats of the outputs that are quantized."""
     C, G = sizes.hidden, sizes.glu_width
-    quantized = [{"keep": False, **recipe} for recipe in one_scale(target)]
-    kept = [{**recipe, "keep": True} for recipe in one_scale(target)]
+    recipes = one_scale(target) if recipes is None else recipes
+    quantized = [{"keep": False, **recipe} for recipe in recipes]
+    kept = [{**recipe, "keep": True} for recipe in recipes]
     # The projections of u: all together, and apart where the camera's keep a wider format.
-    for columns in (merged_columns(sizes), 4 * C, 3 * C):
+    for columns in (*merged_columns(sizes), 4 * C, 3 * C):
         yield columns, C, Finish(bias=True)
     for outputs in ({}, *quantized):
         yield C, C, Finish(bias=True, add=True, gate=True, **outputs)  # camera output, sum of branches, output gate

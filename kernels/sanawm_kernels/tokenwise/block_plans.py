@@ -5,7 +5,20 @@ from __future__ import annotations
 from functools import cache
 
 from sanawm_kernels.aot.spec import KernelVariant
-from sanawm_kernels.tokenwise.plans import FP8_TARGETS, QUANT_CODES, arguments, pointer, quant_entries, quant_name, stride, targets_of
+from sanawm_kernels.tokenwise.plans import (
+    FP8_TARGETS,
+    HEAD_EPS,
+    QUANT_CODES,
+    arguments,
+    eps_name,
+    native_fp4,
+    other,
+    pointer,
+    quant_entries,
+    quant_name,
+    stride,
+    targets_of,
+)
 
 HEADS = "sanawm_kernels.tokenwise.heads"
 
@@ -35,12 +48,12 @@ def depthwise_glu(
     # 64 channels are one 128-byte line; 8 columns divide the latent width of 40; half a column keeps enough programs in flight.
     tiles = {"BX": min(8, power_of_two(width)), "BC": min(64, power_of_two(gated, 16)), "STRIP": -(-height // 2), "STAGES": 4}
     return KernelVariant(
-        name=f"tokenwise.depthwise_glu.{height}x{width}.g{gated}.{kind}{quant_name(quant, swizzled, keep)}",
+        name=f"tokenwise.depthwise_glu.{height}x{width}.g{gated}.{kind}{other(weight, kind, 'weight')}{quant_name(quant, swizzled, keep)}",
         kernel="sanawm_kernels.tokenwise.depthwise:depthwise_glu",
         signature=signature,
         constexprs=absent
         | tiles
-        | {"H": height, "W": width, "G": gated, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native},
+        | {"H": height, "W": width, "G": gated, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native)},
         grid=("cdiv(G, BC)", "cdiv(W, BX) * cdiv(H, STRIP)", "FRAMES"),
         grid_sizes=("FRAMES",),
         num_warps=4,
@@ -68,7 +81,7 @@ def gate_tiles(kind: str, weight: str, channels: int, heads: int, tokens: int, b
         "BK": min(128, power_of_two(channels, 16)),
     }
     return KernelVariant(
-        name=f"tokenwise.gate_tiles.c{channels}.h{heads}.s{tokens}.{'beta_decay' if beta else 'decay'}.{kind}",
+        name=f"tokenwise.gate_tiles.c{channels}.h{heads}.s{tokens}.{'beta_decay' if beta else 'decay'}.{kind}{other(weight, kind, 'weight')}",
         kernel="sanawm_kernels.tokenwise.gates:gate_tiles",
         signature=signature,
         constexprs=absent | constants | {"PRECISION": "ieee"},
@@ -85,7 +98,7 @@ def gate_means(weight: str, heads: int, tokens: int) -> KernelVariant:
     """Sum of the tiles' shares of a frame's decay logits."""
     tiles = -(-tokens // 16)
     return KernelVariant(
-        name=f"tokenwise.gate_means.h{heads}.s{tokens}",
+        name=f"tokenwise.gate_means.h{heads}.s{tokens}.{weight}",
         kernel="sanawm_kernels.tokenwise.gates:gate_means",
         signature={"partial": "*fp32:16", "decay_bias": f"*{weight}:16", "out": "*fp32:16"},
         constexprs={"TILES": tiles, "BT": power_of_two(tiles), "TOKENS": tokens, "HEADS": heads, "BH": power_of_two(heads, 16)},
@@ -100,6 +113,14 @@ def _head_constants(heads: int, width: int, tokens: int) -> dict[str, int]:
     return {"TOKENS": tokens, "HEADS": heads, "D": width, "P": power_of_two(width, 16), "R": 8}
 
 
+def _head_name(kind: str, weight: str, eps: float, fp8: bool) -> str:
+    return f"{other(weight, kind, 'weight')}{eps_name(eps, HEAD_EPS)}{'.fp8' if fp8 else ''}"
+
+
+def _rays_name(rays: int, tokens: int) -> str:
+    return "" if rays == tokens else f".rays{rays}"
+
+
 @cache
 def rope_heads(kind: str, weight: str, heads: int, width: int, tokens: int, eps: float, fp8: bool = False) -> KernelVariant:
     """Norm and RoPE of queries and keys; `tokens` of a batch share the tables."""
@@ -112,7 +133,7 @@ def rope_heads(kind: str, weight: str, heads: int, width: int, tokens: int, eps:
     }  # fmt: skip
     signature, absent = arguments(entries)
     return KernelVariant(
-        name=f"tokenwise.rope_heads.h{heads}.d{width}.n{tokens}.{kind}{'.fp8' if fp8 else ''}",
+        name=f"tokenwise.rope_heads.h{heads}.d{width}.n{tokens}.{kind}{_head_name(kind, weight, eps, fp8)}",
         kernel=f"{HEADS}:rope_heads",
         signature=signature,
         constexprs=absent | _head_constants(heads, width, tokens) | {"EPS": eps},
@@ -137,7 +158,8 @@ def ucpe_heads(
     }  # fmt: skip
     signature, absent = arguments(entries)
     return KernelVariant(
-        name=f"tokenwise.ucpe_heads.h{heads}.d{width}.n{tokens}.{kind}{'.clamp' if clamp else ''}{'.fp8' if fp8 else ''}",
+        name=f"tokenwise.ucpe_heads.h{heads}.d{width}.n{tokens}{_rays_name(rays, tokens)}.{kind}{'.clamp' if clamp else ''}"
+        f"{_head_name(kind, weight, eps, fp8)}",
         kernel=f"{HEADS}:ucpe_heads",
         signature=signature,
         constexprs=absent | _head_constants(heads, width, tokens) | {"RAYS": rays, "EPS": eps, "CLAMP": clamp},
@@ -152,7 +174,7 @@ def ucpe_heads(
 def inverse_ucpe(kind: str, heads: int, width: int, tokens: int, rays: int) -> KernelVariant:
     """UCPE of the camera attention's output."""
     return KernelVariant(
-        name=f"tokenwise.inverse_ucpe.h{heads}.d{width}.n{tokens}.{kind}",
+        name=f"tokenwise.inverse_ucpe.h{heads}.d{width}.n{tokens}{_rays_name(rays, tokens)}.{kind}",
         kernel=f"{HEADS}:inverse_ucpe",
         signature={
             "x": f"*{kind}:16", "x_row": stride(heads * width), "rays": "*fp32:16", "cos": "*fp32:16", "sin": "*fp32:16",

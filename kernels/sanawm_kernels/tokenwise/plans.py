@@ -15,6 +15,10 @@ ROWS = "sanawm_kernels.tokenwise.rows"
 NATIVE_FP4 = 100
 
 
+# LayerNorm's, and that of the norms of queries and keys. A variant's name says its epsilon where it is another one.
+LAYER_EPS, HEAD_EPS = 1e-6, 1e-5
+
+
 # e4m3 conversion instructions start at compute capability 8.9.
 FP8_TARGETS = tuple(t for t in TARGETS if t >= 89)
 
@@ -55,11 +59,26 @@ def quant_entries(quant: str | None) -> dict[str, str | None]:
     return {"codes": codes, "scales": scales, "quant_scale": "*fp32" if quant in ("fp8", "nvfp4") else None}
 
 
+def native_fp4(quant: str | None, native: bool) -> bool:
+    """Whether a kernel uses instructions for NVFP4; what it does not quantize so has one form on all architectures."""
+    return native and quant == "nvfp4"
+
+
 def quant_name(quant: str | None, swizzled: bool, keep: bool) -> str:
     """Suffix of a variant's name that says what it writes."""
     if quant is None:
         return ""
     return f".{quant}{'_swizzled' if swizzled else ''}{'_keep' if keep else ''}"
+
+
+def other(kind: str, usual: str, what: str) -> str:
+    """Suffix of a variant's name for an operand whose dtype is not the usual one: `.fp32_weight`."""
+    return "" if kind == usual else f".{kind}_{what}"
+
+
+def eps_name(eps: float, usual: float | None = None) -> str:
+    """Suffix of a variant's name for an epsilon that is not the usual one: `.eps100000` for 1e-5."""
+    return "" if eps == usual else f".eps{round(1 / eps)}"
 
 
 def _row_warps(channels: int) -> int:
@@ -76,17 +95,21 @@ def update_rows(
     gate: bool = False,
     extra: bool = False,
     modulate: bool = False,
-    modulation: str = "bf16",
+    modulation: str | None = None,
     keep: bool = True,
     quant: str | None = None,
     swizzled: bool = False,
     native: bool = False,
-    eps: float = 1e-6,
+    eps: float = LAYER_EPS,
 ) -> KernelVariant:
     """Residual update, modulation, quantization of rows.
 
-    `tokens` rows share a row of gate, shift and scale, whose dtype is `modulation`; `keep` stores the plain result.
+    `tokens` rows share a row of gate, shift and scale, whose dtype is `modulation` (default: `kind`); `keep` stores the plain result.
+    Raises ValueError for a gate without the branch that it multiplies.
     """
+    if gate and not branch:
+        raise ValueError("update_rows: expected a branch with the gate that multiplies it, found a gate alone")
+    modulation = modulation or kind
     stream = branch or extra
     framed = gate or modulate
     entries: dict[str, str | None] = {"x": pointer(kind), "x_row": stride(channels)}
@@ -103,14 +126,15 @@ def update_rows(
         "C": channels,
         "C0": c0,
         "C1": c1,
-        "EPS": eps,
+        "EPS": eps if modulate else None,
         "QUANT": QUANT_CODES[quant],
         "SWIZZLED": swizzled,
-        "NATIVE": native,
+        "NATIVE": native_fp4(quant, native),
     }
     parts = [name for name, on in (("gated", gate), ("branch", branch and not gate), ("extra", extra), ("modulate", modulate)) if on]
     return KernelVariant(
         name=f"tokenwise.rows.c{channels}{f'.s{tokens}' if framed else ''}.{'_'.join(parts) or 'quantize'}.{kind}"
+        f"{other(modulation, kind, 'modulation') if framed else ''}{eps_name(eps, LAYER_EPS) if modulate else ''}"
         f"{quant_name(quant, swizzled, keep and modulate)}",
         kernel=f"{ROWS}:update_rows",
         signature=signature,
@@ -145,7 +169,9 @@ def gate_rows(
         name=f"tokenwise.output_gate.c{channels}.{'sum' if camera else 'main'}.{kind}{quant_name(quant, swizzled, keep)}",
         kernel=f"{ROWS}:gate_rows",
         signature=signature,
-        constexprs=absent | {"C": channels, "C0": c0, "C1": c1, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native},
+        constexprs=absent
+        | {"C": channels, "C0": c0, "C1": c1}
+        | {"QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native)},
         grid=("ROWS", "1", "1"),
         grid_sizes=("ROWS",),
         num_warps=_row_warps(channels),
@@ -160,7 +186,7 @@ def norm_rows(kind: str, weight: str, channels: int, eps: float) -> KernelVarian
     """Root-mean-square norm of rows; `weight` is the dtype of the weight."""
     c0, c1 = cover(channels)
     return KernelVariant(
-        name=f"tokenwise.rms_norm.c{channels}.eps{round(1 / eps)}.{kind}",
+        name=f"tokenwise.rms_norm.c{channels}{eps_name(eps)}.{kind}{other(weight, kind, 'weight')}",
         kernel=f"{ROWS}:norm_rows",
         signature={"x": f"*{kind}:16", "x_row": stride(channels), "weight": f"*{weight}:16", "out": f"*{kind}:16"},
         constexprs={"C": channels, "C0": c0, "C1": c1, "EPS": eps},

@@ -64,7 +64,7 @@ def _update(
             value = matching_rows(value, (B, N, C), f"{what} {name}")
             arguments |= {name: value, f"{name}_row": value.stride(0)}
     frames = None
-    modulation = "bf16"
+    modulation = None
     for name, value in (("gate", gate), ("shift", shift), ("scale", scale)):
         if value is None:
             continue

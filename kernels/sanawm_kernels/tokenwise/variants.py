@@ -47,6 +47,7 @@ def _rows(sizes: ModelSizes, target: int) -> Iterator[KernelVariant]:
     yield plans.update_rows(KIND, C, S, extra=True)
     for recipe in recipes(target):
         yield plans.update_rows(KIND, C, S, keep=False, **recipe)
+        yield plans.update_rows(KIND, sizes.glu_width, S, keep=False, **recipe)
     yield plans.gate_rows(KIND, C)
     for recipe in recipes(target):
         yield plans.gate_rows(KIND, C, keep=False, **recipe)

@@ -20,11 +20,15 @@ from sanawm_runtime.engines._cuda_plan import ITEM_BYTES
 Array = NDArray[Any]
 # A checkpoint tensor in float32 by its official name and shape.
 Read = Callable[[str, tuple[int, ...]], NDArray[np.float32]]
-Op = Literal["rows", "temporal", "taps", "modulation", "constant", "conv", "conv_upsample", "conv_pixels"]
+Op = Literal["rows", "temporal", "taps", "modulation", "constant", "conv", "conv_upsample", "conv_pixels", "frame_conv", "gain"]
 Encoding = Literal["plain", "fp8_codes", "fp8_scales", "nvfp4_codes", "nvfp4_scales", "nvfp4_global"]
 
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "uint8": np.uint8, "bool": np.uint8}
 E4M3_MAX, E2M1_MAX, BLOCK = 448.0, 6.0, 16
+# Elements that are rounded at once.
+PIECE = 1 << 22
+# Operations that compute with the weights, which must be rounded first.
+_SUMMED = ("frame_conv", "gain", "modulation")
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ class Packed:
 
     op: `rows` stacks the sources along their first axis and pads with zeros; `temporal` turns a (C, C, 3, 1) convolution into (C, 3C);
     `taps` turns a depthwise (G, 1, 3, 3) kernel into (9, G); `conv*` turn a (N, C, 3, 3, 3) convolution into (N, 27 C), or a bias along with
-    it, with the output channels in the order in which an upsampling or an image's pixels are stored; `modulation` computes the AdaLN rows of
-    the timesteps in `values`; `constant` holds `values`. Weights are rounded to `rounding` before they are encoded.
+    it, with the output channels in the order in which an upsampling or an image's pixels are stored; `frame_conv` turns it into (N, 9 C) by
+    summing its time taps, and keeps its first outputs where the packed tensor has fewer; `gain` adds 1 to a norm's weight; `modulation` computes
+    the AdaLN rows of the timesteps in `values`; `constant` holds `values`. Weights are rounded to `rounding` before they are encoded.
     """
 
     name: str
@@ -61,7 +66,7 @@ class Packed:
     def make(self, read: Read) -> Array:
         """The tensor as an array of its storage type (bfloat16 as uint16 bits, e4m3 as uint8), shape `shape`."""
         values = _ENCODINGS[self.encoding](self._float32(read))
-        stored = to_bits(values) if self.dtype == "bfloat16" else values.astype(_NUMPY[self.dtype], copy=False)
+        stored = _bits(values) if self.dtype == "bfloat16" else values.astype(_NUMPY[self.dtype], copy=False)
         return np.ascontiguousarray(stored).reshape(self.shape)
 
     def _float32(self, read: Read) -> NDArray[np.float32]:
@@ -69,13 +74,21 @@ class Packed:
             return np.array(self.values, np.float32).reshape(self.shape)
         if self.op == "modulation":
             return modulation_rows(self, read)
-        parts = [round_to(read(s.name, s.shape), self.rounding) if s.name else np.zeros(s.shape, np.float32) for s in self.sources]
+        # What is only moved is rounded where it is stored: the largest tensor has 2 GB, and a copy less of it is worth a line.
+        rounding = "float32" if self.dtype == self.rounding and self.encoding == "plain" and self.op not in _SUMMED else self.rounding
+        parts = [round_to(read(s.name, s.shape), rounding) if s.name else np.zeros(s.shape, np.float32) for s in self.sources]
+        if self.op == "gain":
+            return parts[0] + np.float32(1)
+        if self.op == "frame_conv":
+            return _frame_convolution(parts[0][: self.shape[0]])
         if self.op == "temporal":
             return parts[0][..., 0].transpose(0, 2, 1).reshape(parts[0].shape[0], -1)
         if self.op == "taps":
             return np.ascontiguousarray(parts[0].reshape(-1, 9).T)
         if self.op.startswith("conv"):
             return _convolution(parts[0], self.op)
+        if len(parts) == 1 and parts[0].shape == self.shape:
+            return parts[0]
         rows = np.concatenate([p.reshape(p.shape[0], -1) for p in parts])
         missing = self._rows - len(rows)
         return np.concatenate((rows, np.zeros((missing, rows.shape[1]), np.float32))) if missing else rows
@@ -84,6 +97,22 @@ class Packed:
     def _rows(self) -> int:
         """Rows before encoding."""
         return sum(s.shape[0] for s in self.sources) if self.encoding == "nvfp4_global" else self.shape[0]
+
+
+def _bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """bfloat16 bits, some rows at a time: the rounding's own tensors would be five times as large as the result."""
+    result = np.empty(values.shape, np.uint16)
+    step = max(1, PIECE * len(values) // max(1, values.size))
+    for start in range(0, len(values), step):
+        result[start : start + step] = to_bits(values[start : start + step])
+    return result
+
+
+def _frame_convolution(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A kernel (N, C, 3, 3, 3) that sees one frame three times as (N, 9 C) with channels innermost, or a bias (N,) as it is."""
+    if x.ndim == 1:
+        return x
+    return (x[:, :, 0] + x[:, :, 1] + x[:, :, 2]).transpose(0, 2, 3, 1).reshape(len(x), -1)
 
 
 def _convolution(x: NDArray[np.float32], op: str) -> NDArray[np.float32]:

@@ -110,6 +110,7 @@ class Launch:
 
     `group` numbers the operation it is part of (an operation of several kernels has consecutive launches of one group). `arguments` by name
     in the kernel's order; `writes` names those it writes. `flops` run on tensor cores in `unit` ("bf16", "fp8", "nvfp4", "tf32", "fp32").
+    `gathered` names tables, of which a launch reads no more than it writes.
     """
 
     group: int
@@ -120,6 +121,7 @@ class Launch:
     writes: tuple[str, ...]
     flops: int = 0
     unit: str = ""
+    gathered: tuple[str, ...] = ()
 
     def views(self) -> Iterator[tuple[View, bool]]:
         """Each view and whether it is written."""
@@ -129,7 +131,8 @@ class Launch:
 
     @property
     def read_bytes(self) -> int:
-        return sum(v.nbytes for v, written in self.views() if not written)
+        read = {n: v.nbytes for n, v in self.arguments.items() if isinstance(v, View) and n not in self.writes}
+        return sum(min(size, self.write_bytes) if name in self.gathered else size for name, size in read.items())
 
     @property
     def write_bytes(self) -> int:
@@ -201,7 +204,7 @@ class Plan:
                 steps.append(["copy", s.group, s.label, number(s.source), number(s.target)])
                 continue
             arguments = {n: {"view": number(v)} if isinstance(v, View) else v for n, v in s.arguments.items()}
-            steps.append(["launch", s.group, s.label, s.kernel, list(s.grid), arguments, list(s.writes), s.flops, s.unit])
+            steps.append(["launch", s.group, s.label, s.kernel, list(s.grid), arguments, list(s.writes), s.flops, s.unit, list(s.gathered)])
         buffers = [[b.name, b.role, b.dtype, list(b.shape), b.offset] for b in self.buffers.values()]
         stored = [[v.buffer, v.dtype, list(v.shape), list(v.strides), v.offset] for v in views]
         document = {"format": FORMAT, "program": self.program, "arena": self.arena, "buffers": buffers, "views": stored, "steps": steps}
@@ -238,10 +241,10 @@ def _step(entry: Any, views: list[View]) -> Step:
     if entry[0] == "copy":
         _, group, label, source, target = entry
         return Copy(group, label, views[source], views[target])
-    kind, group, label, kernel, grid, arguments, writes, flops, unit = entry
+    kind, group, label, kernel, grid, arguments, writes, flops, unit, gathered = entry
     if kind != "launch" or len(grid) != 3:
         raise ValueError(f"step {kind!r}")
     values: dict[str, Argument] = {n: views[v["view"]] if isinstance(v, dict) else v for n, v in arguments.items()}
     if bad := [n for n, v in values.items() if not isinstance(v, View) and type(v) not in (int, float)]:
         raise ValueError(f"argument {bad[0]} of {label}")
-    return Launch(group, label, kernel, (grid[0], grid[1], grid[2]), values, tuple(writes), flops, unit)
+    return Launch(group, label, kernel, (grid[0], grid[1], grid[2]), values, tuple(writes), flops, unit, tuple(gathered))

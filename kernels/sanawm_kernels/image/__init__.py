@@ -1,0 +1,1 @@
+"""The video VAE's encoder on a single frame, channels-last."""
