@@ -1,5 +1,6 @@
 """Long runs of sessions on the CPU engine: memory, latency, threads and descriptors over time.
 
+    python benchmarks/soak.py world SMALL        # a random world of 64 x 128 pixels, for more chunks in the same time
     python benchmarks/soak.py chunks BUNDLE --count 10000
     python benchmarks/soak.py sessions BUNDLE --count 1000
     python benchmarks/soak.py clients BUNDLE --clients 20 --count 20
@@ -17,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Sample:
     threads: int
     descriptors: int
     latency_s: float
+    cpu_s: float
 
 
 @dataclass
@@ -47,12 +49,17 @@ class Watch:
     samples: list[Sample] = field(default_factory=list)
     latencies: list[float] = field(default_factory=list)
     every: list[float] = field(default_factory=list)
+    _cpu_s: float = 0.0
 
     def take(self, done: int) -> Sample:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines())
         descriptors = len(os.listdir(f"/proc/{self.pid}/fd"))
         latency = float(np.median(self.latencies)) if self.latencies else float("nan")
-        sample = Sample(done, int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), descriptors, latency)
+        # User and system time, fields 14 and 15 of proc_pid_stat(5), counted behind the command's closing bracket.
+        ticks = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        cpu_s = sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+        spent, self._cpu_s = (cpu_s - self._cpu_s) / max(1, len(self.latencies)), cpu_s
+        sample = Sample(done, int(status["VmRSS"].split()[0]) / 1024, int(status["Threads"]), descriptors, latency, spent)
         self.samples.append(sample)
         self.every += self.latencies
         self.latencies.clear()
@@ -67,15 +74,19 @@ class Watch:
     def rows(self, case: str, unit_of_work: str) -> list[dict[str, Any]]:
         """Result rows: what was so at the beginning and at the end."""
         first, last = self.samples[max(1, len(self.samples) // 10)], self.samples[-1]
-        late = [s.latency_s for s in self.samples[1:] if s.latency_s == s.latency_s]
+        late = [s for s in self.samples[1:] if s.latency_s == s.latency_s]
+        tenth = max(1, len(late) // 10)
         n = last.done
         return [
             row(f"{case}.{unit_of_work}", "rss growth after the first quarter", self.growth_mb(), "MB", n=n),
             row(f"{case}.{unit_of_work}", "rss", last.rss_mb, "MB", n=n, low=first.rss_mb, high=max(s.rss_mb for s in self.samples)),
             row(f"{case}.{unit_of_work}", "threads", last.threads, "1", n=n, low=first.threads, high=max(s.threads for s in self.samples)),
             row(f"{case}.{unit_of_work}", "descriptors", last.descriptors, "1", n=n, low=first.descriptors, high=max(s.descriptors for s in self.samples)),
-            row(f"{case}.{unit_of_work}", "median latency, first tenth", float(np.median(late[: max(1, len(late) // 10)])), "s", n=n),
-            row(f"{case}.{unit_of_work}", "median latency, last tenth", float(np.median(late[-max(1, len(late) // 10) :])), "s", n=n),
+            row(f"{case}.{unit_of_work}", "median latency, first tenth", float(np.median([s.latency_s for s in late[:tenth]])), "s", n=n),
+            row(f"{case}.{unit_of_work}", "median latency, last tenth", float(np.median([s.latency_s for s in late[-tenth:]])), "s", n=n),
+            # On a machine that others use too this says more than the latency does.
+            row(f"{case}.{unit_of_work}", "processor time of one, first tenth", float(np.median([s.cpu_s for s in late[:tenth]])), "s", n=n),
+            row(f"{case}.{unit_of_work}", "processor time of one, last tenth", float(np.median([s.cpu_s for s in late[-tenth:]])), "s", n=n),
             row(f"{case}.{unit_of_work}", "p99 latency", float(np.percentile(self.every, 99)), "s", n=n),
         ]
 
@@ -93,10 +104,12 @@ def soak_chunks(bundle: Path, count: int, threads: int | None, every: int = 100)
     with World.open(bundle, threads=threads) as world:
         height, width = world.image_size
         with world.start(np.full((height, width, 3), 120, np.uint8), "a plain", at_end="continue") as stream:
-            for done, chunk in enumerate(stream.play("wd", count), start=1):
-                watch.latencies.append(chunk.waited_s + sum(chunk.seconds.values()))
-                if done % every == 0:
-                    show(watch.take(done))
+            # Ctrl-C ends a run that takes too long; what was measured until then counts.
+            with suppress(KeyboardInterrupt):
+                for done, chunk in enumerate(stream.play("wd", count), start=1):
+                    watch.latencies.append(chunk.waited_s + sum(chunk.seconds.values()))
+                    if done % every == 0:
+                        show(watch.take(done))
     return watch
 
 
@@ -144,6 +157,7 @@ class Load:
     turnaround: list[list[float]]
     first_frame: list[list[float]]
     computed: list[float]
+    frames_by_then: list[int]
     refused: tuple[int, str]
     seconds: float
 
@@ -158,6 +172,8 @@ def load(bundle: Path, clients: int, count: int, threads: int | None) -> Load:
     turnaround: list[list[float]] = [[] for _ in range(clients)]
     first_frame: list[list[float]] = [[] for _ in range(clients)]
     computed: list[float] = []
+    frames = [0] * clients
+    frames_by_then: list[int] = []
     everyone = threading.Barrier(clients + 1)
 
     def run(number: int) -> None:
@@ -171,8 +187,12 @@ def load(bundle: Path, clients: int, count: int, threads: int | None) -> Load:
                 first_frame[number].append(time.perf_counter() - begin)
                 for _ in range(facts["frames"]):
                     client.socket.recv(300)
+                    frames[number] += 1
                 turnaround[number].append(time.perf_counter() - begin)
                 computed.append(sum(facts["seconds"].values()))
+            # What everyone has when the first one has everything says whether somebody starved.
+            if not frames_by_then:
+                frames_by_then.extend(frames)
 
     with server(bundle, threads, "--sessions", str(clients)) as (url, _):
         workers = [threading.Thread(target=run, args=(number,)) for number in range(clients)]
@@ -190,7 +210,7 @@ def load(bundle: Path, clients: int, count: int, threads: int | None) -> Load:
         for worker in workers:
             worker.join()
         seconds = time.perf_counter() - begin
-    return Load(turnaround, first_frame, computed, refused, seconds)
+    return Load(turnaround, first_frame, computed, frames_by_then, refused, seconds)
 
 
 def _picture() -> bytes:
@@ -205,7 +225,9 @@ def _picture() -> bytes:
 
 def show(sample: Sample) -> None:
     click.echo(
-        f"{sample.done:6}  {sample.rss_mb:8.1f} MB  {sample.threads:3} threads  {sample.descriptors:4} descriptors  {sample.latency_s:.4f} s", err=True
+        f"{sample.done:6}  {sample.rss_mb:8.1f} MB  {sample.threads:3} threads  {sample.descriptors:4} descriptors"
+        f"  {sample.latency_s:.4f} s  {sample.cpu_s:.4f} s of processor time",
+        err=True,
     )
 
 
@@ -251,6 +273,26 @@ def common(command: Any) -> Any:
 
 
 @main.command()
+@click.argument("out", type=click.Path(path_type=Path))
+def world(out: Path) -> None:
+    """Build the bundle of a random world a seventh as large as the tiny one."""
+    import tempfile
+    from dataclasses import replace
+
+    from sanawm.config import preset
+    from sanawm.model.checkpoint import open_checkpoint
+    from sanawm.model.checkpoint.synth import synthesize
+    from sanawm_export.build import BuildRequest, build_onnxruntime
+    from sanawm_runtime.targets import resolve_target
+
+    tiny = preset("tiny")
+    small = replace(tiny, name="small", dit=replace(tiny.dit, hidden=64, cross_heads=2, height=2, width=4))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = open_checkpoint(synthesize(Path(folder, "small"), small))
+        build_onnxruntime(BuildRequest(checkpoint, resolve_target("cpu"), "onnxruntime", "fp32"), out)
+
+
+@main.command()
 @common
 @click.option("--count", default=10_000, show_default=True)
 def chunks(bundle: Path, threads: int | None, notes: str, out: Path | None, count: int) -> None:
@@ -275,6 +317,7 @@ def clients(bundle: Path, threads: int | None, notes: str, out: Path | None, cli
     found = load(bundle, clients_, count, threads)
     everything, firsts = np.concatenate(found.turnaround), np.concatenate(found.first_frame)
     finished = [sum(times) for times in found.turnaround]
+    had = found.frames_by_then
     case, n = f"serve.{clients_}clients", len(everything)
     save(
         out,
@@ -284,6 +327,7 @@ def clients(bundle: Path, threads: int | None, notes: str, out: Path | None, cli
             row(case, "chunk turnaround, median", float(np.median(everything)), "s", n=n),
             row(case, "chunk turnaround, p99", float(np.percentile(everything, 99)), "s", n=n),
             row(case, "a chunk's own time, median", float(np.median(found.computed)), "s", n=n),
+            row(case, "frames a client had when the first had all", float(np.median(had)), "1", n=clients_, low=min(had), high=max(had)),
             row(case, "time of the slowest client over the fastest", max(finished) / min(finished), "1", n=clients_),
             row(case, "chunks a second, all clients", n / found.seconds, "1/s", n=n),
             row(case, "close code of one client more", found.refused[0], "1", n=1),

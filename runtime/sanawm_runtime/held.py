@@ -20,9 +20,9 @@ class HeldKeys:
     in between would be lost, so it is held for as many frames as it was down. Safe to use from several threads.
     """
 
-    def __init__(self, fps: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, fps: float, clock: Callable[[], float] | None = None) -> None:
         self._fps = fps
-        self._clock = clock
+        self._clock = clock or time.monotonic
         self._lock = threading.Lock()
         self._down: dict[str, float] = {}
         self._tapped: dict[str, float] = {}

@@ -172,6 +172,13 @@ def test_an_entry_of_another_key_is_not_taken(tmp_path):
     assert cache.get("two", 8) is None and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("size", [7, 9, 100])
+def test_a_whole_entry_of_another_size_is_not_taken(tmp_path, size):
+    cache = Cache(tmp_path)
+    cache.put("one", b"1" * 8)
+    assert cache.get("one", 8) and cache.get("one", size) is None
+
+
 def test_a_cache_that_cannot_be_written_stops_nobody(toy_bundle, toy_engine, picture, tmp_path, monkeypatch, caplog):
     real = Path.write_bytes
 
@@ -230,7 +237,7 @@ def hammer(folder, seed, rounds, queue):
         right = key.encode() * (4000 // len(key))
         action = generator.integers(0, 10)
         if action < 4:
-            cache.put(key, right)
+            bad += not cache.put(key, right)
         elif action < 9:
             found = cache.get(key, len(right))
             bad += found is not None and found != right

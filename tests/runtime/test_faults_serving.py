@@ -9,13 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
-from toy import png
+from toy import png, slow
 from websockets.exceptions import ConnectionClosed
 
 from sanawm_runtime import EngineError
+from sanawm_runtime.held import HeldKeys
 from sanawm_runtime.serve.client import Client, ServerError
 from sanawm_runtime.serve.limits import Limits, Rate
 
@@ -93,6 +95,20 @@ def test_a_client_that_vanishes_frees_its_world_after_a_while(world, serving, ev
         assert len(world.engine.calls) == count
 
 
+def test_a_world_that_waits_for_nobody_waits_for_a_client_that_is_away(world, serving, eventually):
+    slow(world.engine, "commit", 0.02)
+    with serving(world, Limits(sessions=1, linger_s=20)) as server:
+        client = Client(server.url)
+        client.start("a", png(), full="drop", at_end="continue")
+        client.chunk()
+        client.socket.socket.shutdown(socket.SHUT_RDWR)
+        eventually(lambda: server.sessions._away)
+        time.sleep(0.3)  # the chunk in progress is finished
+        count = len(world.engine.calls)
+        time.sleep(0.3)
+        assert len(world.engine.calls) == count
+
+
 def test_a_client_that_vanishes_while_its_world_starts_leaves_nothing(world, serving, eventually, monkeypatch):
     made = []
     start = world.start
@@ -120,6 +136,18 @@ def test_a_client_that_vanishes_while_its_world_starts_leaves_nothing(world, ser
         with Client(server.url) as other:
             other.start("b", png())
             assert other.chunk()
+
+
+def test_what_is_far_too_large_is_not_taken_in(world, serving):
+    with serving(world, Limits(image_bytes=2**20)) as server, Client(server.url) as other:
+        client = Client(server.url)
+        with pytest.raises(ConnectionClosed) as closed:
+            client.socket.send(bytes(2**25))
+            client.wait_for("nothing")
+        # The server hangs up on what it does not read, and the reset may overtake its close frame.
+        assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
+        other.start("a", png())
+        assert other.chunk()
 
 
 def send_frame(link, kind, payload):
@@ -185,7 +213,18 @@ def jumping_clock(monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: int(look() * 1e9))
 
 
-def test_a_jumping_clock_changes_nothing(world, serving, jumping_clock, eventually):
+def test_a_jumping_clock_does_not_stretch_a_tap(jumping_clock):
+    keys = HeldKeys(16)
+    for key in "wd":  # each look at the clock jumps the other way
+        keys.set(key)
+        keys.set("")
+        time.time()
+    taken = keys.take(24)
+    assert [sum(key in held for held in taken) for key in "wd"] == [4, 4]
+
+
+def test_a_jumping_clock_changes_nothing(world, serving, jumping_clock, eventually, caplog):
+    caplog.set_level("INFO", "sanawm")
     assert abs(time.time() - time.time()) > 80_000
     rate = Rate(10)
     assert [rate.allow() for _ in range(35)].count(True) in range(30, 33)
@@ -195,7 +234,11 @@ def test_a_jumping_clock_changes_nothing(world, serving, jumping_clock, eventual
         for number in range(4):
             facts = client.chunk().facts
             assert facts["chunk"] == number and not facts["behind"] and facts["late_s"] < 1
-            assert 0 <= facts["encode_s"] < 5 and all(0 <= value < 5 for value in facts["seconds"].values())
+            assert 0 <= facts["encode_s"] < 5 and all(0 <= value < 5 for value in (facts["waited_s"], *facts["seconds"].values()))
+        eventually(lambda: server.metric("sanawm_chunks_total") == 4)
+        assert 0 < server.metric("sanawm_latency_seconds_sum") < 20
+        (started,) = [record for record in caplog.records if record.message == "session_started"]
+        assert 0 <= started.seconds < 5
         client.socket.socket.shutdown(socket.SHUT_RDWR)
         eventually(lambda: server.sessions._away)
         with Client(server.url) as again:
@@ -228,6 +271,20 @@ def test_a_signal_stops_a_server_in_order(toy_bundle, number):
     assert process.returncode == 0
     assert [event["event"] for event in events][-1] == "stopped" and not any("traceback" in event for event in events)
     assert next(event for event in events if event["event"] == "stopping")["signal"] == signal.Signals(number).name
+
+
+def test_a_signal_ends_the_worlds_of_those_who_are_away_too(toy_bundle, eventually):
+    process, ready = spawn(toy_bundle)
+    client = Client(ready["url"])
+    client.start("a", png(), full="drop", at_end="continue")
+    client.chunk()
+    client.socket.socket.shutdown(socket.SHUT_RDWR)
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    eventually(lambda: json.load(direct.open(ready["url"] + "status"))["connections"] == 0)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    ended = [event for event in map(json.loads, errors.splitlines()) if event["event"] == "session_ended"]
+    assert process.returncode == 0 and [event["reason"] for event in ended] == ["shutdown"]
 
 
 def test_a_server_in_the_middle_of_a_long_chunk_still_stops(toy_bundle):
@@ -265,8 +322,18 @@ def test_other_addresses_get_a_token_of_their_own(toy_bundle):
     assert ready["token"] not in errors
 
 
-@pytest.mark.parametrize(("arguments", "words"), [(["--token", "short"], "16 characters"), (["--certificate", "pyproject.toml"], "--certificate-key")])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--token", "short"], "16 characters"),
+        (["--certificate", __file__], "--certificate-key"),
+        (["--certificate", __file__, "--certificate-key", __file__], "no certificate chain"),
+        (["--origin", "example.org"], "https://example.org"),
+        (["--port", "99999"], "0<=x<=65535"),
+        (["--threads", "0"], "x>=1"),
+    ],
+)
 def test_bad_options_are_sentences(toy_bundle, arguments, words):
-    command = [sys.executable, COMMAND, "0", "serve", toy_bundle, "--port", "0", *arguments]
+    command = [sys.executable, COMMAND, "0", "serve", toy_bundle, *arguments]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

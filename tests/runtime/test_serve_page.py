@@ -116,6 +116,33 @@ def test_touch_steers(page):
     assert page.eval("document.documentElement.scrollWidth") <= 390
 
 
+STICKING_OUT = """[...document.querySelectorAll('main *, header *')].filter((element) => {
+    const box = element.getBoundingClientRect();
+    return box.width && element.id !== 'backdrop' && (box.left < -1 || box.right > document.documentElement.clientWidth + 1);
+}).map((element) => element.outerHTML.slice(0, 80))"""
+# Nodes whose text is wider than they are.
+CUT_OFF = """[...document.querySelectorAll('button *, dt, dd, label, p')].filter((element) => !element.childElementCount && element.clientWidth
+    && element.scrollWidth > element.clientWidth + 1).map((element) => element.textContent)"""
+
+
+@pytest.mark.parametrize(("width", "height", "mobile"), [(1440, 900, False), (1440, 832, False), (1024, 768, False), (390, 844, True), (844, 390, True), (320, 568, True)])
+def test_it_fits_the_screen(page, width, height, mobile):
+    page.resize(width, height, 1, mobile=mobile)
+
+    def check():
+        assert page.eval(STICKING_OUT) == [] and page.eval(CUT_OFF) == []
+        assert page.eval("document.documentElement.scrollWidth") <= width
+        if not mobile:  # nothing needs scrolling on a desk
+            assert page.eval("document.documentElement.scrollHeight") <= height
+
+    check()
+    begin(page)
+    check()
+    # The picture and the keys that steer it are seen together.
+    bottom = page.eval("Math.max(...[...document.querySelectorAll('#screen, .key')].map((element) => element.getBoundingClientRect().bottom))")
+    assert bottom <= height
+
+
 def test_a_lost_connection_comes_back_to_the_same_world(page, eventually):
     begin(page)
     page.key("w", True)

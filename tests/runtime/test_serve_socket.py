@@ -223,7 +223,7 @@ def test_a_compressed_bomb_costs_nothing(world, serving):
         ('{"type": "keys", "held": "w", "more": 1}', 1008),
         ('{"type": "hello", "protocol": 1}', 1008),
         ("x" * 70_000, 1008),
-        (bytes(3 * 2**20), 1009),
+        (bytes(2**20 + 1), 1009),
     ],
 )
 def test_what_the_protocol_does_not_allow_ends_the_connection(world, serving, message, code):

@@ -10,7 +10,7 @@ import pytest
 import toy
 
 ROOT = Path(__file__).parents[2]
-PAGES = ("runtime/README.md", "docs/runtime.md")
+PAGES = ("README.md", "runtime/README.md", "docs/runtime.md")
 
 
 def example(page):

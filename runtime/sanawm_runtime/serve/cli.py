@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import secrets
+import socket
+import ssl
 from pathlib import Path
 
 import click
@@ -13,12 +16,14 @@ from sanawm.console import progress, stderr
 from sanawm.errors import InputError
 
 _log = logging.getLogger("sanawm.serve")
+# A scheme, a host and perhaps a port, without a path.
+_ORIGIN = re.compile(r"https?://[^/\s]+", re.IGNORECASE)
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; anything but this machine asks clients for a token.")
-@click.option("--port", default=8960, show_default=True, help="0 takes any that is free.")
+@click.option("--port", default=8960, show_default=True, type=click.IntRange(0, 65535), help="0 takes any that is free.")
 @click.option("--token", envvar="SANAWM_TOKEN", help="Token that clients must present [env SANAWM_TOKEN]; made up where one is needed.")
 @click.option("--origin", "origins", multiple=True, help="Web origin of another page that may connect, https://example.org; may be repeated.")
 @click.option("--name", "names", multiple=True, help="Further host name under which the server answers on this machine; may be repeated.")
@@ -28,7 +33,7 @@ _log = logging.getLogger("sanawm.serve")
 @click.option("--max-image-mb", default=16.0, show_default=True, type=click.FloatRange(0.01, 256), help="Size of an uploaded image.")
 @click.option("--max-prompt", default=4000, show_default=True, type=click.IntRange(1, 100_000), help="Characters of a prompt.")
 @click.option("--linger", default=15.0, show_default=True, type=click.FloatRange(0, 3600), help="Seconds a world waits for a lost client.")
-@click.option("--threads", type=int, help="CPU threads; default: all cores.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; default: all cores.")
 @click.option(
     "--trusted-key", "trusted", multiple=True, type=click.Path(path_type=Path), envvar="SANAWM_TRUSTED_KEYS", show_envvar=True,
     help="Public key that must have signed BUNDLE; with several, one of them.",
@@ -52,8 +57,10 @@ def serve(
     from sanawm_runtime.serve.server import Server, listen
     from sanawm_runtime.world import World
 
-    if (certificate is None) != (certificate_key is None):
-        raise InputError("TLS takes --certificate and --certificate-key; give both or neither")
+    _check_tls(certificate, certificate_key)
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise InputError(f"expected --origin as a browser sends it, such as https://example.org or http://localhost:3000, found '{origin}'")
     local = host.lower() in LOOPBACK
     if not local and token is None:
         token = secrets.token_urlsafe(24)
@@ -78,6 +85,8 @@ def serve(
         def ready() -> None:
             # A fragment stays in the browser: it is in no request and no log.
             address = url if token is None else f"{url}#token={token}"
+            for everywhere in ("//0.0.0.0:", "//[::]:"):  # nobody can open that; others know this machine by its name
+                address = address.replace(everywhere, f"//{socket.gethostname()}:")
             if as_json:
                 click.echo(json.dumps({"event": "ready", "url": url, "token": token, "sessions": sessions}))
             else:
@@ -86,3 +95,15 @@ def serve(
         tls = {} if certificate is None else {"ssl_certfile": str(certificate), "ssl_keyfile": str(certificate_key)}
         Server(app, limits, ready=ready, **tls).run(sockets=[listening])
         _log.info("stopped")
+
+
+def _check_tls(certificate: Path | None, key: Path | None) -> None:
+    if (certificate is None) != (key is None):
+        raise InputError("TLS takes --certificate and --certificate-key; give both or neither")
+    if certificate is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")  # rather than ask for one at a terminal
+    except (ssl.SSLError, OSError) as error:
+        what = getattr(error, "strerror", None) or error
+        raise InputError(f"{certificate} and {key} are no certificate chain and its unencrypted key in PEM form ({what}); check both") from error

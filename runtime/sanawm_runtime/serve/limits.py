@@ -34,10 +34,10 @@ class Limits:
 class Rate:
     """A token bucket: `per_s` on average, with bursts of three seconds' worth."""
 
-    def __init__(self, per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_s, self._clock = per_s, clock
+    def __init__(self, per_s: float, clock: Callable[[], float] | None = None) -> None:
+        self._per_s, self._clock = per_s, clock or time.monotonic
         self._tokens = self._most = 3 * per_s
-        self._then = clock()
+        self._then = self._clock()
 
     def allow(self) -> bool:
         now = self._clock()

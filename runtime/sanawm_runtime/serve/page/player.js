@@ -2,6 +2,7 @@
 
 import { JPEG } from "./link.js";
 
+const LARGEST = 4; // times the frame's own pixels
 const MEASURED = 2000; // ms over which frames a second are counted
 
 export class Player {
@@ -96,15 +97,24 @@ export class Player {
     const rate = keeps ? this.fps : Math.max(1, Math.min(this.fps, this.queue.length / expected));
     this.next = Math.max(this.next + 1000 / rate, now - 1000 / rate);
     const frame = this.queue.shift();
-    if (this.canvas.width !== frame.width || this.canvas.height !== frame.height) {
-      this.canvas.width = frame.width;
-      this.canvas.height = frame.height;
-    }
-    this.context.drawImage(frame.picture, 0, 0);
+    this.#fit(frame);
+    this.context.drawImage(frame.picture, 0, 0, this.canvas.width, this.canvas.height);
     frame.picture.close();
     this.shown.push(now);
     this.total++;
     this.onFrame(frame, now);
+  }
+
+  // The canvas has the pixels that the screen shows, because it enlarges better than the style sheet does.
+  #fit(frame) {
+    const shown = (this.canvas.clientWidth * devicePixelRatio) / frame.width;
+    const scale = Math.min(LARGEST, Math.max(1, Math.ceil(2 * shown) / 2));
+    const width = Math.round(scale * frame.width), height = Math.round(scale * frame.height);
+    if (this.canvas.width === width && this.canvas.height === height) return;
+    this.canvas.width = width;
+    this.canvas.height = height;
+    // A canvas forgets its settings with its size.
+    this.context.imageSmoothingQuality = "high";
   }
 }
 
