@@ -19,7 +19,7 @@ MAX_FILE_BYTES = 256 * 2**20
 SUFFIXES = (".npy", ".json", ".txt")
 
 # What numpy's reader raises on damaged headers; a damaged header can be any Python text, so the tokenizer takes part.
-_NPY_ERRORS = (ValueError, EOFError, SyntaxError, tokenize.TokenError, TypeError, OverflowError, MemoryError)
+_NPY_ERRORS = (ValueError, EOFError, SyntaxError, tokenize.TokenError, TypeError, OverflowError, MemoryError, FloatingPointError)
 
 
 def read_array(path: str | os.PathLike[str]) -> NDArray[np.float64]:
@@ -47,7 +47,8 @@ def read_array(path: str | os.PathLike[str]) -> NDArray[np.float64]:
 def _read_npy(file: Path) -> NDArray[Any]:
     try:
         # Mapping compares the header's shape with the file's size, so a header that promises terabytes costs nothing.
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        with np.errstate(over="raise"):
+            array = np.load(file, mmap_mode="r", allow_pickle=False)
     except _NPY_ERRORS as error:
         raise CameraError(f"{file}: not a plain .npy array ({error}); write it with numpy.save and a float dtype") from error
     if not isinstance(array, np.ndarray):

@@ -111,7 +111,7 @@ def _fit_time(rows: NDArray[np.float64], frames: int) -> NDArray[np.float64]:
 
 def field_of_view(intrinsics: NDArray[np.float64], width: int, height: int) -> NDArray[np.float64]:
     """Horizontal and vertical field of view in degrees, (F, 2), of intrinsics (F, 4) over an image of that many pixels."""
-    return np.degrees(2 * np.arctan(np.array([width, height]) / (2 * intrinsics[:, :2])))
+    return np.degrees(2 * np.arctan(np.array([width, height]) / 2 / intrinsics[:, :2]))
 
 
 def check_field_of_view(intrinsics: NDArray[np.float64], width: int, height: int, source: str = "intrinsics") -> None:

@@ -116,7 +116,9 @@ def test_bad_length(frames):
         normalise_intrinsics(ROW, frames)
 
 
-def test_field_of_view_of_a_right_angle():
+@pytest.mark.filterwarnings("error")
+def test_field_of_view_of_a_right_angle_and_of_none():
+    assert (field_of_view(np.full((1, 4), 1.7e308), 1280, 704) < 1e-300).all()
     np.testing.assert_allclose(field_of_view(np.array([[640.0, 352.0, 0, 0]]), 1280, 704), [[90, 90]], rtol=1e-14)
 
 

@@ -167,10 +167,12 @@ def test_an_archive_is_refused(tmp_path, path):
         load_poses(tmp_path / "camera.npy")
 
 
-def test_a_header_that_promises_terabytes_is_refused(tmp_path):
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("frames", [10**12, 2**62, 2**63 - 1])
+def test_a_header_that_promises_terabytes_is_refused(tmp_path, frames):
     file = tmp_path / "camera.npy"
     with file.open("wb") as stream:
-        np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": (10**12, 4, 4)})
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": (frames, 4, 4)})
         stream.write(bytes(128))
     with pytest.raises(CameraError, match=r"not a plain .npy array"):
         load_poses(file)
