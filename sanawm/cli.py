@@ -30,6 +30,14 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+def _missing(command: str | None, error: ModuleNotFoundError) -> Exception:
+    """The sentence that says which extra brings a missing package; the error itself where the package is ours."""
+    if command not in COMMANDS or not error.name or error.name.startswith("sanawm"):
+        return error
+    extra = COMMANDS[command][3]
+    return UserError(f"`sanawm {command}` needs {error.name.split('.')[0]}, which is not installed; run `pip install 'sanawm[{extra}]'`")
+
+
 class _Door(click.Group):
     """A group whose commands are imported when they are called."""
 
@@ -39,14 +47,18 @@ class _Door(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, attribute, _, extra = COMMANDS[cmd_name]
+        module, attribute, _, _ = COMMANDS[cmd_name]
         try:
             command: click.Command = getattr(importlib.import_module(module), attribute)
         except ModuleNotFoundError as error:
-            if error.name and error.name.split(".")[0] in ("sanawm", "sanawm_export", "sanawm_runtime", "sanawm_kernels", "sanawm_calibration"):
-                raise
-            raise UserError(f"`sanawm {cmd_name}` needs {error.name}, which is not installed; run `pip install 'sanawm[{extra}]'`") from error
+            raise _missing(cmd_name, error) from error
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:  # commands import what is heavy when they run
+            raise _missing(ctx.invoked_subcommand, error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -172,6 +172,17 @@ def test_wrong_target(run: Callable[..., subprocess.CompletedProcess[str]], dama
     refused(run(damaged), "rtx5090")
 
 
+@pytest.mark.parametrize(
+    ("package", "command", "extra"),
+    [("starlette", "serve", "cpu,serve"), ("torch", "calibrate --checkpoint x", "export"), ("torch", "build-engine --target cpu --checkpoint x -o b", "export")],
+)
+def test_a_package_that_an_extra_brings(package: str, command: str, extra: str, tmp_path: Path, tiny_bundle: Path) -> None:
+    arguments = [*command.split(), *([str(tiny_bundle)] if command == "serve" else [])]
+    script = f"import sys; sys.modules[{package!r}] = None; from sanawm.cli import main; main(sys.argv[1:])"
+    result = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    refused(result, f"needs {package}, which is not installed; run `pip install 'sanawm[{extra}]'`")
+
+
 def test_no_such_bundle_or_target(tiny_checkpoint: Path, tmp_path: Path) -> None:
     refused(sanawm("inspect", tmp_path / "nowhere"), "no such directory")
     refused(sanawm("build-engine", "--checkpoint", tiny_checkpoint, "--target", "rtx6090", "-o", tmp_path / "b"), "rtx6090", "did you mean")

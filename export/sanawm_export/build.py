@@ -39,7 +39,7 @@ class BuildRequest:
     """What to build and from what.
 
     `latent_frames` fixes the first chunk's length by its remainder (clips of 24k + 1 frames have 3k + 1 latent frames). `calibration` (the file
-    of `sanawm calibrate`) and `gdn` ("plugin" or "matmul") are for the TensorRT engines.
+    of `sanawm calibrate`) is for the TensorRT and CUDA engines, `gdn` ("plugin" or "matmul") for TensorRT.
     """
 
     checkpoint: Checkpoint

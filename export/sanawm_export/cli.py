@@ -78,8 +78,8 @@ def export(
 @click.option("--preset", type=click.Choice(list(PRESETS)), default="full", show_default=True, help="Size of a --synthetic model.")
 @click.option("--target", "targets", multiple=True, required=True, help="rtx5090, rtx4090, h200, sm_120, cpu, ...; may be repeated.")
 @click.option("--engine", help="Engine, where several serve the target; default: the target's first.")
-@click.option("--precision", default=None, help="fp32, bf16, fp8, nvfp4, mixed or a recipe; default: the engine's.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="File of `sanawm calibrate`; quantized TensorRT precisions need it.")
+@click.option("--precision", default=None, help="fp32, bf16, or a recipe's name or .toml file; default: the engine's.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="File of `sanawm calibrate`; recipes need it, but for cuda's fp8, mixed, nvfp4.")
 @click.option("--gdn", type=click.Choice(["plugin", "matmul"]), default="plugin", show_default=True, help="Recurrent blocks in TensorRT engines.")
 @click.option("--check", is_flag=True, help="First compare an exported graph with the torch model; at full size this takes minutes.")
 @click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Bundle to create; of several targets, their folder.")
@@ -100,8 +100,8 @@ def build_engine(
     places = list({place.name: place for place in map(resolve_target, targets)}.values())
     engines = [_engine(place, engine) for place in places]
     for chosen in engines:
-        if calibration is not None and chosen not in ("tensorrt_rtx", "tensorrt"):
-            raise UserError(f"the {chosen} engine does not read --calibration yet; drop it or choose --engine tensorrt_rtx")
+        if calibration is not None and chosen == "onnxruntime":
+            raise UserError("the onnxruntime engine is not quantized and reads no --calibration; drop it or choose a GPU target")
         if synthetic is not None and chosen != "cuda":
             raise UserError(f"--synthetic is for the cuda engine, found {chosen}; add --engine cuda, or use `sanawm checkpoint synth`")
     found = _open(source, revision, offline, text_encoder, vae) if source is not None else _synthetic(preset, synthetic)

@@ -116,7 +116,7 @@ def test_every_program_of_a_build_can_be_enqueued(checkpoint: Any, tmp_path: Pat
         ("h200", "nvfp4", "NVFP4 kernels for sm_120"),
         ("rtx3090", "fp8", "no FP8 tensor cores"),
         ("cpu", "bf16", "needs a GPU target"),
-        ("h200", "int4", "found --precision int4"),
+        ("h200", "int4", "unknown recipe 'int4'"),
     ],
 )
 def test_what_cannot_be_built_is_refused(target: str, precision: str, message: str, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 
 from sanawm.config import WorldConfig, tiny_config
 from sanawm.programs import Geometry
+from sanawm_calibration.recipe import layer_table, load_recipe
 from sanawm_export.cuda.build import merged_variants
-from sanawm_export.cuda.formats import PRECISIONS, formats_for
+from sanawm_export.cuda.formats import PRECISIONS, Formats, formats_for
 from sanawm_export.cuda.lower import dit_weights, lower_euler, lower_part_decoder, lower_part_dit
+from sanawm_export.cuda.recipes import recipe_formats
 from sanawm_export.cuda.tape import Lowered
 from sanawm_export.cuda.vae_weights import DecoderWeights
 from sanawm_kernels.aot.spec import PRESETS, TARGETS, KernelVariant, all_variants
@@ -26,9 +28,9 @@ from sanawm_kernels.gemm.plans import Config, Finish, Operand
 from sanawm_kernels.tokenwise import block_plans, plans
 
 WORLDS = {"full": WorldConfig(), "tiny": tiny_config()}
-PARTS = ("merged", "out_cam", "proj", "cross_q", "cross_proj", "inverted", "point", "temporal")
 # NVFP4 plans are built for targets that have its instructions and read block scales in rows.
 CASES = [("full", 90, p) for p in ("bf16", "fp8")] + [("full", 120, p) for p in PRECISIONS] + [("tiny", 120, "mixed")]
+RECIPES = ("fp8", "nvfp4", "nvfp4-guarded", "nvfp4-official")
 
 
 @cache
@@ -36,16 +38,21 @@ def listed(name: str, target: int) -> dict[str, KernelVariant]:
     return {variant.name: variant for variant in all_variants(PRESETS[name], target)}
 
 
+def recipe_of(world: WorldConfig, name: str) -> Formats:
+    """Formats of a recipe with scales of 1, on which no kernel depends."""
+    return recipe_formats(world.dit, layer_table(load_recipe(name), world.dit), lambda layer, entry: 1.0).formats
+
+
 def planned(world: WorldConfig, target: int, precision: str, calibrated: bool) -> dict[str, KernelVariant]:
     """Kernels of every plan of a bundle; ValueError where one name means two."""
     geometry = Geometry(world, world.dit.text_tokens, 4, "bfloat16")
-    amax = {f"blocks.{i}.{part}": 30.0 for i in range(world.dit.depth) for part in PARTS} if calibrated else {}
-    lowered: dict[str, Lowered] = lower_part_dit(geometry, dit_weights(geometry, formats_for(world.dit, precision, amax)), target)
+    formats = recipe_of(world, precision) if calibrated else formats_for(world.dit, precision)
+    lowered: dict[str, Lowered] = lower_part_dit(geometry, dit_weights(geometry, formats), target)
     lowered |= lower_euler(geometry) | lower_part_decoder(geometry, DecoderWeights(world.vae, geometry.dtype), target)
     return merged_variants(lowered)
 
 
-@pytest.mark.parametrize(("name", "target", "precision", "calibrated"), [(*c, False) for c in CASES] + [("full", 120, p, True) for p in PRECISIONS[1:]])
+@pytest.mark.parametrize(("name", "target", "precision", "calibrated"), [(*c, False) for c in CASES] + [("full", 120, p, True) for p in RECIPES] + [("full", 90, "fp8", True)])
 def test_what_the_plans_launch_is_in_the_list(name: str, target: int, precision: str, calibrated: bool) -> None:
     found, known = planned(WORLDS[name], target, precision, calibrated), listed(name, target)
     assert not sorted(set(found) - set(known))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sanawm.config import DiTConfig
 from sanawm_export.cuda.context import Context, Rows
 from sanawm_export.cuda.products import parts_of_squares, product, tile_quantization
+from sanawm_export.cuda.projections import Merged
 from sanawm_export.cuda.tape import row_stride
-from sanawm_export.cuda.tokens import decay_logits
+from sanawm_export.cuda.tokens import gate_logits
 from sanawm_kernels.attention import plans
 from sanawm_kernels.attention.table import tile
 from sanawm_kernels.gdn import plans as gdn
@@ -19,22 +19,6 @@ from sanawm_runtime.engines._cuda_plan import View
 
 NORM_EPS = gdn.NORM_EPS
 CROSS_NORM_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Merged:
-    """Slices of a block's merged projection (M, W), in place: main and camera q, k, v, the output gate, the write-strength logits."""
-
-    all: View
-    config: DiTConfig
-
-    def part(self, index: int) -> View:
-        """0..2 main q, k, v; 3..5 camera q, k, v; 6 output gate."""
-        return self.all.narrow(1, index * self.config.hidden, self.config.hidden)
-
-    @property
-    def beta(self) -> View:
-        return self.all.narrow(1, 7 * self.config.hidden, self.config.heads)
 
 
 @dataclass(frozen=True)
@@ -53,8 +37,8 @@ def gdn_attention(
 ) -> tuple[View, Rows]:
     """Both branches of a gated delta network in four launches, (main, camera) (M, C) each; with `new` its state is written."""
     c, tape = ctx.config, ctx.tape
-    M, C = merged.all.shape[0], c.hidden
-    logits = decay_logits(ctx, "decay", u.values, block, frames)
+    M, C = merged.rows, c.hidden
+    logits, beta = gate_logits(ctx, "decay", u.values, block, frames, merged.beta)
     precision = "bf16" if ctx.kind == "bf16" else "ieee"
     problem = gdn.Problem(
         1, c.heads, c.head_dim, frames, c.tokens_per_frame, c.key_scale, kind=ctx.kind, weight_kind=ctx.kind, gate_kind=ctx.kind, precision=precision,
@@ -62,7 +46,7 @@ def gdn_attention(
     )  # fmt: skip
     settings = gdn.row(problem, "summarize", ctx.target).settings
     bindings: dict[str, Any] = {
-        "beta": merged.beta, "beta_row": row_stride(merged.beta), "beta_batch": M * row_stride(merged.beta), "decay_logits": logits,
+        "beta": beta, "beta_row": row_stride(beta), "beta_batch": M * row_stride(beta), "decay_logits": logits,
         "A_log": ctx.weight(f"{block}.A_log"), "dt_bias": ctx.weight(f"{block}.dt_bias"),
         "rays": camera["rays"], "rays_inverse": camera["rays_inverse"], "rays_batch": 0,
         "cos": camera["cos"], "sin": camera["sin"], "camera_cos": camera["cam_cos"], "camera_sin": camera["cam_sin"],
@@ -121,7 +105,7 @@ def softmax_attention(
     The camera branch is quantized for its output projection where a tile can do that.
     """
     c, tape = ctx.config, ctx.tape
-    M, H, D = merged.all.shape[0], c.heads, c.head_dim
+    M, H, D = merged.rows, c.heads, c.head_dim
     kept = new or {}
 
     def heads(name: str) -> View:

@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from sanawm.errors import CheckpointError, UserError
 from sanawm.model.checkpoint import Checkpoint
 from sanawm.model.checkpoint.checkpoint import text_shapes
 from sanawm.model.checkpoint.tiny_tokenizer import CHI_PROMPT, build_tokenizer
+from sanawm.model.dit import SanaWM
 from sanawm.programs import Geometry, Program, TensorSpec, programs
 from sanawm.prompt import PromptTokenizer
 from sanawm.schedule import first_chunk_frames
 from sanawm_export.build import PROMPT_FILE, TOKENIZER_FILE, BuildRequest, Progress, add_prompt, manifest_of, open_prompt, program_entry
 from sanawm_export.bundle_writer import BundleWriter
-from sanawm_export.cuda.formats import ASSUMED_AMAX, formats_for
+from sanawm_export.cuda.calibrated import CalibratedRecipe, build_formats
+from sanawm_export.cuda.formats import ASSUMED_AMAX, Formats
 from sanawm_export.cuda.lower import lower_parts
 from sanawm_export.cuda.tape import Lowered
 from sanawm_export.cuda.text_weights import check_text_settings
+from sanawm_export.parts import load_part
 from sanawm_kernels.aot import compile as compiler
 from sanawm_kernels.aot.build import cache_directory
 from sanawm_kernels.aot.spec import KernelVariant
@@ -49,16 +53,20 @@ def build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, pro
     request.checkpoint.check()
     prompt = open_prompt(request.checkpoint)
     check_text_settings(text_folder(request.checkpoint))
+    choice = build_formats(request.checkpoint, request.precision, request.calibration)
 
     def add_weights(writer: BundleWriter, part: str, tensors: Sequence[Packed]) -> dict[str, Any]:
         file = f"weights/{part}.safetensors"
-        write_packed(writer, file, tensors, _reader(request, part))
+        recipe = choice[1]
+        # Loading the model for a recipe that quantizes nothing would be in vain.
+        given = _quantized(request, recipe, progress) if part == "dit" and recipe is not None and recipe.found.layers else {}
+        write_packed(writer, file, tensors, _reader(request, part), given)
         return {"file": file}
 
     def add_more(writer: BundleWriter) -> None:
         add_prompt(writer, request.checkpoint)
 
-    return write_bundle(request, out, prompt.max_length, add_weights, add_more, overwrite=overwrite, progress=progress)
+    return write_bundle(request, out, prompt.max_length, choice, add_weights, add_more, overwrite=overwrite, progress=progress)
 
 
 def build_cuda_synthetic(
@@ -70,6 +78,9 @@ def build_cuda_synthetic(
     """
     if not 0 <= seed < 2**63:
         raise UserError(f"expected a seed from 0 to 2**63 - 1, found {seed}; choose another")
+    if request.calibration is not None:
+        raise UserError("a bundle that makes its weights from a seed cannot hold calibrated ones; use `sanawm checkpoint synth` for --calibration")
+    choice = build_formats(request.checkpoint, request.precision, None)
     world = request.checkpoint.world
     tokenizer, chi = build_tokenizer(world.text.vocab), "\n".join(CHI_PROMPT)
     stored = tokenizer.to_str().encode()
@@ -79,7 +90,7 @@ def build_cuda_synthetic(
         writer.add_bytes(TOKENIZER_FILE, stored)
         writer.add_bytes(PROMPT_FILE, json.dumps({"chi": chi}).encode())
 
-    return write_bundle(request, out, prompt.max_length, lambda *_: {"seed": seed}, add_more, overwrite=overwrite, progress=progress)
+    return write_bundle(request, out, prompt.max_length, choice, lambda *_: {"seed": seed}, add_more, overwrite=overwrite, progress=progress)
 
 
 def text_folder(checkpoint: Checkpoint) -> Path:
@@ -110,8 +121,22 @@ def _reader(request: BuildRequest, part: str) -> Read:
     return read
 
 
-def write_packed(writer: BundleWriter, name: str, tensors: Sequence[Packed], read: Read) -> None:
-    """Pack every tensor into one safetensors file, one at a time."""
+def _quantized(request: BuildRequest, recipe: CalibratedRecipe, progress: Progress | None) -> dict[str, NDArray[np.uint8]]:
+    """Bytes of the transformer's calibrated weights by packed name, from the weights in the activations' dtype."""
+    model = load_part(request.checkpoint, "dit", torch.bfloat16)
+    assert isinstance(model, SanaWM)
+
+    def advance(name: str, done: int, total: int) -> None:
+        if progress:
+            progress(name, done + 1, total)
+
+    return recipe.quantize(model, advance)
+
+
+def write_packed(
+    writer: BundleWriter, name: str, tensors: Sequence[Packed], read: Read, given: Mapping[str, NDArray[np.uint8]] | None = None
+) -> None:
+    """Pack every tensor into one safetensors file, one at a time. `given` has the bytes of those that were calibrated."""
     header, offset = {}, 0
     for packed in tensors:
         header[packed.name] = {"dtype": _SAFETENSORS[packed.dtype], "shape": list(packed.shape), "data_offsets": [offset, offset + packed.nbytes]}
@@ -121,19 +146,22 @@ def write_packed(writer: BundleWriter, name: str, tensors: Sequence[Packed], rea
     with writer.create(name) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for packed in tensors:
-            file.write(packed.make(read).reshape(-1).view(np.uint8).data)
+            data = given[packed.name] if given and packed.op == "calibrated" else packed.make(read).reshape(-1).view(np.uint8)
+            if data.nbytes != packed.nbytes:
+                raise ValueError(f"{packed.name}: expected {packed.nbytes} bytes, found {data.nbytes}")
+            file.write(data.data)
 
 
-def capability_number(request: BuildRequest) -> int:
-    """90 for sm_90. Raises UserError for a target or precision that the engine does not serve."""
+def capability_number(request: BuildRequest, formats: Formats) -> int:
+    """90 for sm_90. Raises UserError for a target that the engine does not serve in these formats."""
     capability = request.target.capability
     if capability is None:
         raise UserError(f"the cuda engine needs a GPU target, found {request.target.name}; use --engine onnxruntime")
-    if request.precision in ("nvfp4", "mixed") and capability not in _NVFP4_CAPABILITIES:
+    if formats.uses("nvfp4") and capability not in _NVFP4_CAPABILITIES:
         served = " and ".join(_NVFP4_CAPABILITIES)
         raise UserError(f"the cuda engine has NVFP4 kernels for {served}, and {request.target.name} is {capability}; use --precision fp8")
     number = int(capability.removeprefix("sm_"))
-    if request.precision == "fp8" and number < 89:
+    if formats.uses("fp8") and number < 89:
         raise UserError(f"{request.target.name} has no FP8 tensor cores; use --precision bf16")
     return number
 
@@ -145,17 +173,21 @@ def write_bundle(
     request: BuildRequest,
     out: Path,
     prompt_tokens: int,
+    choice: tuple[Formats, CalibratedRecipe | None],
     add_weights: AddWeights,
     add_more: Callable[[BundleWriter], None],
     *,
     overwrite: bool,
     progress: Progress | None,
 ) -> Bundle:
-    """Lower, compile and write everything; `add_weights` writes a part's weights and says where they are, `add_more` what else belongs there."""
-    world, target = request.checkpoint.world, capability_number(request)
+    """Lower, compile and write everything; `add_weights` writes a part's weights and says where they are, `add_more` what else belongs there.
+
+    `choice` has the formats and, where they are calibrated, the recipe that they come from.
+    """
+    formats, recipe = choice
+    world, target = request.checkpoint.world, capability_number(request, formats)
     first = first_chunk_frames(request.latent_frames, world.stream.chunk_frames)
     geometry = Geometry(world, prompt_tokens, first, "bfloat16")
-    formats = formats_for(world.dit, request.precision)
     lowered = lower_parts(geometry, formats, target)
     signatures = programs(geometry) | euler_programs(geometry)
     entries: dict[str, ProgramEntry] = {}
@@ -178,10 +210,12 @@ def write_bundle(
             writer.add_bytes(table, json.dumps(document, separators=(",", ":")).encode())
         add_more(writer)
         summary: dict[str, Any] = {"activations": "bfloat16", "weights": "bfloat16", "products": formats.summary()}
+        summary |= recipe.summary() if recipe else {}
         unverified = [f"No kernel of this bundle has been run on {request.target.name}; code, plans and packing were checked on a CPU."]
-        if any(f.kind == "nvfp4" for f in formats.table.values()):
+        if recipe is None and formats.uses("nvfp4"):
             unverified.append(f"NVFP4 activations are not calibrated: their largest magnitude is taken to be {ASSUMED_AMAX:g}.")
-        return writer.finish(manifest_of(request, entries, PrecisionEntry(request.precision, summary), tuple(unverified)))
+        manifest = manifest_of(request, entries, PrecisionEntry(request.precision, summary), tuple(unverified))
+        return writer.finish(dataclasses.replace(manifest, calibration=recipe.provenance() if recipe else None))
 
 
 def _add_kernels(writer: BundleWriter, variants: Mapping[str, KernelVariant], target: int, progress: Progress | None) -> None:

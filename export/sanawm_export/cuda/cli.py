@@ -16,8 +16,8 @@ from sanawm.errors import UserError
 from sanawm.programs import Geometry
 from sanawm.schedule import chunk_grid, first_chunk_frames, latent_frames
 from sanawm_export.cuda import arena, cost
-from sanawm_export.cuda.formats import PRECISIONS, formats_for
 from sanawm_export.cuda.lower import lower_parts
+from sanawm_export.cuda.recipes import planned_formats
 from sanawm_runtime.bundle.manifest import utc_now
 from sanawm_runtime.engines._cuda_plan import Launch, Plan
 from sanawm_runtime.targets import resolve_target
@@ -28,14 +28,17 @@ PREFIX_TOKENS = 240
 
 @click.command("plan")
 @click.option("--target", default="h200", show_default=True, help="rtx5090, h200, sm_120, ...")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True)
+@click.option("--precision", default="bf16", show_default=True, help="As for build-engine: bf16, fp8, nvfp4, mixed, or a recipe's name or file.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="File of `sanawm calibrate`, as for build-engine.")
 @click.option("--config", "size", default="full", show_default=True, help="Preset: tiny or full.")
 @click.option("--frames", default=961, show_default=True, help="Clip length 8k + 1.")
 @click.option("--program", default="denoise_steady", show_default=True, help="Program whose operations are listed.")
 @click.option("--gpu", "on", type=click.Choice(list(cost.GPUS)), help="GPU whose peaks give the floors; default: the target.")
 @click.option("--each", is_flag=True, help="Every launch instead of sums over the blocks.")
 @json_option
-def plan(target: str, precision: str, size: str, frames: int, program: str, on: str | None, each: bool, as_json: bool) -> None:
+def plan(
+    target: str, precision: str, calibration: Path | None, size: str, frames: int, program: str, on: str | None, each: bool, as_json: bool
+) -> None:  # fmt: skip
     """Print the launch plan of a program, its memory, and projections; computed, nothing is measured."""
     place = resolve_target(target)
     if place.capability is None or "cuda" not in place.precisions:
@@ -46,7 +49,8 @@ def plan(target: str, precision: str, size: str, frames: int, program: str, on: 
     world, latents = preset(size), latent_frames(frames)
     first = first_chunk_frames(latents, world.stream.chunk_frames)
     geometry = Geometry(world, world.dit.text_tokens + PREFIX_TOKENS, first, "bfloat16")
-    parts = lower_parts(geometry, formats_for(world.dit, precision), int(place.capability.removeprefix("sm_")))
+    formats = planned_formats(world.dit, precision, calibration)
+    parts = lower_parts(geometry, formats, int(place.capability.removeprefix("sm_")))
     plans = {key: low.plan for part in parts.values() for key, low in part.programs.items()}
     if program not in plans:
         raise UserError(f"there is no program '{program}'; choose one of {', '.join(plans)}")
@@ -54,7 +58,7 @@ def plan(target: str, precision: str, size: str, frames: int, program: str, on: 
     projections = {
         gpu.name: cost.clip_seconds(plans, gpu, chunks, len(world.stream.timesteps))
         for gpu in cost.GPUS.values()
-        if precision not in ("mixed", "nvfp4") or gpu.tflops["nvfp4"]
+        if not formats.uses("nvfp4") or gpu.tflops["nvfp4"]
     }
     chosen, gpu = plans[program], cost.GPUS[name]
     if as_json:

@@ -7,7 +7,7 @@ from sanawm.programs import Program
 from sanawm_export.cuda.attention import CROSS_NORM_EPS
 from sanawm_export.cuda.context import Context, Rows
 from sanawm_export.cuda.dit import embed
-from sanawm_export.cuda.products import product
+from sanawm_export.cuda.products import Forms, product
 from sanawm_export.cuda.tape import Lowered, Tape
 from sanawm_export.cuda.tokens import rms_norm
 from sanawm_export.cuda.weights import DiTWeights
@@ -32,9 +32,10 @@ def lower_camera(program: Program, weights: DiTWeights, target: int) -> Lowered:
             tables = {"time": tape.input(f"time_{part}"), "rows": ctx.weight(f"rope.row_{part}"), "columns": ctx.weight(f"rope.column_{part}")}
             variant = chunk.rope_table(c.height, c.width, c.rope_pairs, keep)
             tape.launch(f"{prefix}{part}", variant, {**tables, "out": tape.output(f"{prefix}{part}"), "N": M}, ("out",))
-    p = Rows(embed(ctx, "plucker", "plucker_embedder", maps))
+    p = Forms(ctx, Rows(embed(ctx, "plucker", "plucker_embedder", maps)))
     for i in range(c.depth):
-        product(ctx, f"plucker.{i}", f"blocks.{i}.plucker", p, out=tape.output(f"plucker.{i}").reshape(M, c.hidden))
+        name = f"blocks.{i}.plucker"
+        product(ctx, f"plucker.{i}", name, p.of(f"plucker.{i}", name), out=tape.output(f"plucker.{i}").reshape(M, c.hidden))
     return tape.finish()
 
 
@@ -47,9 +48,10 @@ def lower_prompt_kv(program: Program, weights: DiTWeights, target: int) -> Lower
     active = ctx.tensor("gelu", L, C)
     tape.launch("gelu", chunk.gelu(ctx.kind), {"x": inner, "out": active, "SIZE": L * C}, ("out",))
     caption = product(ctx, "fc2", "caption.fc2", Rows(active)).values
-    y = Rows(rms_norm(ctx, "norm", caption, ctx.weight("caption.norm"), CAPTION_NORM_EPS))
+    forms = Forms(ctx, Rows(rms_norm(ctx, "norm", caption, ctx.weight("caption.norm"), CAPTION_NORM_EPS)))
     for i in range(c.depth):
         name = f"blocks.{i}"
+        y = forms.of(f"{name}.text", f"{name}.cross_kv")
         k = product(ctx, f"{name}.k", f"{name}.cross_kv", y, rows_of=slice(0, C)).values
         rms_norm(ctx, f"{name}.k_norm", k, ctx.weight(f"{name}.cross_k_norm"), CROSS_NORM_EPS, out=tape.output(f"keys.{i}").reshape(L, C))
         product(ctx, f"{name}.v", f"{name}.cross_kv", y, rows_of=slice(C, 2 * C), out=tape.output(f"values.{i}").reshape(L, C))

@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sanawm.programs import Program
-from sanawm_export.cuda.attention import Merged, Past, cross_attention, gdn_attention, softmax_attention
+from sanawm_export.cuda.attention import Past, cross_attention, gdn_attention, softmax_attention
 from sanawm_export.cuda.context import Context, Rows
 from sanawm_export.cuda.products import product, temporal_product
+from sanawm_export.cuda.projections import project
 from sanawm_export.cuda.tape import Lowered, Tape, row_stride
 from sanawm_export.cuda.tokens import depthwise_glu, modulate
 from sanawm_export.cuda.weights import DiTWeights, modulation_width
@@ -111,8 +112,7 @@ def _block(
     S, M = c.tokens_per_frame, x.shape[0]
     shift1, scale1, gate1, shift2, scale2, gate2 = (modulation.part(6 * i + j) for j in range(6))
     softmax = c.is_softmax(i)
-    u = modulate(ctx, "modulate1", x, shift1, scale1, f"{name}.merged", keep=not softmax)
-    merged = Merged(product(ctx, "merged", f"{name}.merged", u).values, c)
+    u, merged = project(ctx, i, x, shift1, scale1)
     if softmax:
         main, cam = softmax_attention(ctx, name, merged, camera, past, new)
     else:

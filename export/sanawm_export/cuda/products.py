@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sanawm_export.cuda.context import Context, Rows
+from sanawm_export.cuda.formats import Format
 from sanawm_export.cuda.tape import row_stride
 from sanawm_kernels.gemm import plans
 from sanawm_kernels.gemm.plans import Finish, Operand
@@ -57,6 +58,26 @@ def as_operand(ctx: Context, label: str, x: Rows, product: str) -> Rows:
     return quantize(ctx, label, x.values, product)
 
 
+class Forms:
+    """Rows in the forms that several products take, each form made once. `rows` is in the form of `made_for`, or plain."""
+
+    def __init__(self, ctx: Context, rows: Rows, made_for: str | None = None) -> None:
+        self._ctx = ctx
+        self._plain = rows.plain
+        self._made = {} if made_for is None else {_form(ctx.weights.formats.of(made_for)): rows}
+
+    def of(self, label: str, product: str) -> Rows:
+        """The rows as `product` takes them; a launch that quantizes them is named after `label`."""
+        form = _form(self._ctx.weights.formats.of(product))
+        if form not in self._made:
+            self._made[form] = quantize(self._ctx, label, Rows(self._plain).values, product)
+        return self._made[form]
+
+
+def _form(layout: Format) -> tuple[str | None, float | None]:
+    return layout.quant, layout.scale
+
+
 def _a_arguments(x: Rows) -> dict[str, Any]:
     if x.quant is None:
         return {"a": x.values, "a_row": row_stride(x.values)}
@@ -71,17 +92,18 @@ def _b_arguments(ctx: Context, name: str, rows_of: slice | None) -> dict[str, An
     def part(view: View) -> View:
         return view if rows_of is None else view.narrow(0, rows_of.start, rows_of.stop - rows_of.start)
 
-    kind = ctx.weights.formats.of(name).kind
-    if kind == "plain":
+    layout = ctx.weights.formats.of(name)
+    if layout.kind == "plain":
         return {"b": part(ctx.weight(f"{name}.weight"))}
-    if kind == "fp8":
-        return {"b": part(ctx.weight(f"{name}.codes")), "b_scale": part(ctx.weight(f"{name}.scales"))}
+    if layout.kind == "fp8":
+        scales = ctx.weight(f"{name}.scales")
+        return {"b": part(ctx.weight(f"{name}.codes")), "b_scale": scales if layout.calibrated else part(scales)}
     return {"b": part(ctx.weight(f"{name}.codes")), "b_scales": part(ctx.weight(f"{name}.blocks")), "b_scale": ctx.weight(f"{name}.global")}
 
 
 def _b_operand(ctx: Context, name: str) -> Operand:
-    kind = ctx.weights.formats.of(name).kind
-    return {"plain": Operand(ctx.kind), "fp8": Operand("fp8", row_scales=True), "nvfp4": Operand("nvfp4")}[kind]
+    layout = ctx.weights.formats.of(name)
+    return {"plain": Operand(ctx.kind), "fp8": Operand("fp8", row_scales=not layout.calibrated), "nvfp4": Operand("nvfp4")}[layout.kind]
 
 
 def _unit(ctx: Context, name: str) -> str:

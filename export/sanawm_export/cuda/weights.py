@@ -34,6 +34,11 @@ class DiTWeights:
             found[packed.name] = packed
         return found
 
+    def merged(self, block: int) -> dict[str, tuple[str, ...]]:
+        """Layers of each product of a block's modulated input by packed name; softmax blocks have no write strengths."""
+        skipped = ("beta_proj",) if self.config.is_softmax(block) else ()
+        return {name: tuple(n for n in layers if n not in skipped) for name, layers in self.formats.merged(block).items()}
+
     def _source(self, name: str) -> Source:
         return Source(name, self._shapes[name])
 
@@ -45,13 +50,15 @@ class DiTWeights:
         layout = self.formats.of(name)
 
         def coded(suffix: str, dtype: str, shape: tuple[int, ...], encoding: Encoding) -> Packed:
+            if layout.calibrated:
+                return Packed(f"{name}.{suffix}", dtype, shape, "calibrated", sources, rounding=self.dtype)
             return Packed(f"{name}.{suffix}", dtype, shape, op, sources, (), encoding, self.dtype)  # type: ignore[arg-type]
 
         if layout.kind == "plain":
             yield self._plain(f"{name}.weight", (rows, columns), *sources, op=op)
         elif layout.kind == "fp8":
             yield coded("codes", "float8_e4m3fn", (rows, columns), "fp8_codes")
-            yield coded("scales", "float32", (rows,), "fp8_scales")
+            yield coded("scales", "float32", (1 if layout.calibrated else rows,), "fp8_scales")
         else:
             yield coded("codes", "uint8", (rows, columns // 2), "nvfp4_codes")
             yield coded("blocks", "float8_e4m3fn", (rows, columns // 16), "nvfp4_scales")
@@ -83,13 +90,14 @@ class DiTWeights:
         c, name = self.config, f"blocks.{i}"
         C, G, H = c.hidden, c.glu_width, c.heads
         attn = f"{name}.attn"
-        parts = [f"{attn}.qkv", *(f"{attn}.{x}_proj_cam" for x in "qkv"), f"{attn}.output_gate"]
-        parts += [] if c.is_softmax(i) else [f"{attn}.beta_proj"]
-        sources = [self._source(f"{part}.weight") for part in parts]
-        columns = padded(sum(s.shape[0] for s in sources))
-        yield from self._product(f"{name}.merged", columns, C, tuple(sources))
-        biases = [Source("", (3 * C,)), *(self._source(f"{part}.bias") for part in parts[1:])]
-        yield self._plain(f"{name}.merged.bias", (columns,), *biases)
+        for merged, layers in self.merged(i).items():
+            sources = tuple(self._source(f"{attn}.{layer}.weight") for layer in layers)
+            columns = padded(sum(s.shape[0] for s in sources))
+            yield from self._product(merged, columns, C, sources)
+            biases = (Source("", (3 * C,)) if layer == "qkv" else self._source(f"{attn}.{layer}.bias") for layer in layers)
+            yield self._plain(f"{merged}.bias", (columns,), *biases)
+        if not c.is_softmax(i) and not any("beta_proj" in layers for layers in self.merged(i).values()):
+            yield from self._linear(f"{name}.beta", f"{attn}.beta_proj", H, C)
         for norm in ("q_norm", "k_norm", "q_norm_cam", "k_norm_cam"):
             yield self._plain(f"{name}.{norm}", (C,), self._source(f"{attn}.{norm}.weight"))
         if not c.is_softmax(i):

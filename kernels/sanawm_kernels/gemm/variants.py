@@ -83,8 +83,9 @@ def _block_products(
     recipes = one_scale(target) if recipes is None else recipes
     quantized = [{"keep": False, **recipe} for recipe in recipes]
     kept = [{**recipe, "keep": True} for recipe in recipes]
-    # The projections of u: all together, and apart where the camera's keep a wider format.
-    for columns in (*merged_columns(sizes), 4 * C, 3 * C):
+    # The projections of u: all together, and apart where formats differ (a recipe may give q, k and v, the camera's and the gate one each). Those
+    # of the Plücker features and the text have C columns too.
+    for columns in dict.fromkeys((*merged_columns(sizes), *(padded(n * C) for n in (6, 4, 3, 1)), C)):
         yield columns, C, Finish(bias=True)
     for outputs in ({}, *quantized):
         yield C, C, Finish(bias=True, add=True, gate=True, **outputs)  # camera output, sum of branches, output gate

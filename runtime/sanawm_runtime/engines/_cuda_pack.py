@@ -20,7 +20,7 @@ from sanawm_runtime.engines._cuda_plan import ITEM_BYTES
 Array = NDArray[Any]
 # A checkpoint tensor in float32 by its official name and shape.
 Read = Callable[[str, tuple[int, ...]], NDArray[np.float32]]
-Op = Literal["rows", "temporal", "taps", "modulation", "constant", "conv", "conv_upsample", "conv_pixels", "frame_conv", "gain"]
+Op = Literal["rows", "temporal", "taps", "modulation", "constant", "conv", "conv_upsample", "conv_pixels", "frame_conv", "gain", "calibrated"]
 Encoding = Literal["plain", "fp8_codes", "fp8_scales", "nvfp4_codes", "nvfp4_scales", "nvfp4_global"]
 
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "uint8": np.uint8, "bool": np.uint8}
@@ -47,7 +47,8 @@ class Packed:
     `taps` turns a depthwise (G, 1, 3, 3) kernel into (9, G); `conv*` turn a (N, C, 3, 3, 3) convolution into (N, 27 C), or a bias along with
     it, with the output channels in the order in which an upsampling or an image's pixels are stored; `frame_conv` turns it into (N, 9 C) by
     summing its time taps, and keeps its first outputs where the packed tensor has fewer; `gain` adds 1 to a norm's weight; `modulation` computes
-    the AdaLN rows of the timesteps in `values`; `constant` holds `values`. Weights are rounded to `rounding` before they are encoded.
+    the AdaLN rows of the timesteps in `values`; `constant` holds `values`; `calibrated` was quantized from the sources by the builder, which alone
+    can make it. Weights are rounded to `rounding` before they are encoded.
     """
 
     name: str
@@ -64,7 +65,12 @@ class Packed:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     def make(self, read: Read) -> Array:
-        """The tensor as an array of its storage type (bfloat16 as uint16 bits, e4m3 as uint8), shape `shape`."""
+        """The tensor as an array of its storage type (bfloat16 as uint16 bits, e4m3 as uint8), shape `shape`.
+
+        Raises ValueError for a `calibrated` one.
+        """
+        if self.op == "calibrated":
+            raise ValueError(f"{self.name} was quantized with calibrated scales when the bundle was built and cannot be made from the weights")
         values = _ENCODINGS[self.encoding](self._float32(read))
         stored = _bits(values) if self.dtype == "bfloat16" else values.astype(_NUMPY[self.dtype], copy=False)
         return np.ascontiguousarray(stored).reshape(self.shape)

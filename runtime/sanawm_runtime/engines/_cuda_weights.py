@@ -33,6 +33,8 @@ class WeightTable:
     def __post_init__(self) -> None:
         if (self.file is None) == (self.seed is None):
             raise BundleError("packed weights come from a file or from a seed; rebuild the bundle")
+        if self.file is None and any(packed.op == "calibrated" for packed in self.tensors):
+            raise BundleError("calibrated weights come from a file, found a seed; rebuild the bundle")
 
     def offsets(self) -> tuple[dict[str, int], int]:
         """Place of each tensor in one block of device memory, and the block's size."""
