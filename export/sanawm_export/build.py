@@ -28,7 +28,7 @@ from sanawm_runtime.targets import Target
 PRECISION_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 PROGRAMS_FOLDER = "programs"
 TOKENIZER_FILE, PROMPT_FILE = "prompt/tokenizer.json", "prompt/prompt.json"
-_REPORTED = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime")
+_REPORTED = ("torch", "triton", "onnx", "onnxscript", "transformers", "onnxruntime", "nvidia-modelopt")
 
 # program name, index from 1, programs in all
 Progress = Callable[[str, int, int], None]

@@ -77,10 +77,10 @@ def _counts(counts: Any) -> str:
 
 def _precision(m: Manifest) -> str:
     summary = m.precision.summary
-    realised = _counts(summary.get("realised"))
-    if not realised:
-        return m.precision.recipe
-    return f"{m.precision.recipe}: {realised} products" + (", read back from the engines" if summary.get("audited") else ", not read back")
+    realised, planned = _counts(summary.get("realised")), _counts(summary.get("products"))
+    if realised:
+        return f"{m.precision.recipe}: {realised} products" + (", read back from the engines" if summary.get("audited") else ", not read back")
+    return f"{m.precision.recipe}: {planned} products a step, the rest in {summary['activations']}" if planned else m.precision.recipe
 
 
 def _calibration(m: Manifest) -> str:
