@@ -35,7 +35,7 @@ def camera_features(model: SanaWM, camera_BT20: Tensor, plucker: Tensor, start: 
     return model.encode_camera(camera_BT20[:, start:end], plucker[:, :, start:end], *tables)
 
 
-def _for_gdn_only(state: ChunkState) -> ChunkState:
+def sink_of(state: ChunkState) -> ChunkState:
     """The sink's part that stays in the window: attention keys and values, nothing that only its neighbour needs."""
     return tuple(replace(b, s=None, z=None, s_cam=None, k_tail=None, cam_tail=None) for b in state)
 
@@ -67,7 +67,7 @@ def stream(
         states = {i: states[i] for i in window(chunk.index + 1, config.cached_chunks, config.sink) if i in states}
         for i in states:
             if i < chunk.index:
-                states[i] = _for_gdn_only(states[i])
+                states[i] = sink_of(states[i])
         states[chunk.index] = state
         yield StreamStep(chunk, x, tuple(velocities), state)
 

@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from quantized_mlp import mlp
 
 from sanawm.errors import UserError
+from sanawm_export.provenance import file_digest
 from sanawm_export.tensorrt.audit import AuditRow
-from sanawm_export.tensorrt.cache import EngineCache, WeightDigests, digest, file_digest, graph_digest, sources_digest
+from sanawm_export.tensorrt.cache import EngineCache, WeightDigests, digest, graph_digest, sources_digest
 from sanawm_export.tensorrt.job import Built
 
 KEY = digest("engine")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sanawm_kernels import ops, rotary
+from sanawm_kernels import ops
 from sanawm_kernels.gdn import fused
 from sanawm_kernels.gdn.arguments import BlockOutput, GDNState
 from sanawm_kernels.gdn.samples import Sample, reference, relative_error, sample
@@ -168,7 +167,7 @@ def test_one_branch_at_a_time_through_the_dispatch() -> None:
     x = sample(1, 2, 16, 2, 5, dtype=torch.float32)
     m, c = x.main, x.camera
     main, camera, state = reference(x)
-    with ops.implementation(SimpleNamespace(main_gdn=fused.main_gdn, camera_gdn=fused.camera_gdn, ucpe=rotary.ucpe)):
+    with ops.implementation(fused.FUSED):
         found_main = ops.main_gdn(m.q, m.k, m.v, x.gates, m.conv, m.q_norm, m.k_norm, m.cos, m.sin, **x.options)
         found_camera = ops.camera_gdn(c.q, c.k, c.v, x.gates, c.conv, c.q_norm, c.k_norm, c.rays, c.rays_inverse, c.cos, c.sin, **x.options)
     wanted = (main, state.s, state.z, state.k_tail, camera, state.s_cam, state.cam_tail)

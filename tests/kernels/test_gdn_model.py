@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import torch
 
 from sanawm.config import tiny_config
 from sanawm.model.dit.model import SanaWM
-from sanawm_kernels import ops, rotary
+from sanawm_kernels import ops
 from sanawm_kernels.gdn import fused
-
-FUSED = SimpleNamespace(main_gdn=fused.main_gdn, camera_gdn=fused.camera_gdn, ucpe=rotary.ucpe)
 
 
 def test_stream_of_two_chunks() -> None:
@@ -40,7 +37,7 @@ def test_stream_of_two_chunks() -> None:
         return velocity
 
     plain = stream()
-    with ops.implementation(FUSED):
+    with ops.implementation(fused.FUSED):
         found = stream()
     # Both are float32 and differ in the order of sums, here and in the layers after.
     assert float((found - plain).abs().max()) < 32 * torch.finfo(torch.float32).eps * float(plain.abs().max())

@@ -25,7 +25,7 @@ from sanawm.model.checkpoint.tiny_tokenizer import CHI_PROMPT
 from sanawm.model.dit import SanaWM, TextFeatures, attention
 from sanawm.model.dit.features import attend
 from sanawm.model.dit.state import ChunkState
-from sanawm.model.sampler import _for_gdn_only, camera_features
+from sanawm.model.sampler import camera_features, sink_of
 from sanawm.model.text import TextEncoder
 from sanawm.prompt import PromptTokenizer
 from sanawm.schedule import chunk_grid, window
@@ -117,7 +117,7 @@ def rollout_losses(model: SanaWM, z: Tensor, text: TextFeatures, camera: Tensor,
         if first:
             context[:, :, 0] = clean[:, :, 0]
         _, state = model(context, torch.zeros_like(row), text, features, past=past, commit=True)
-        states = {i: _for_gdn_only(s) for i, s in states.items() if i in window(chunk.index + 1)}
+        states = {i: sink_of(s) for i, s in states.items() if i in window(chunk.index + 1)}
         states[chunk.index] = state
 
 

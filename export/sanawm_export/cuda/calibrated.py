@@ -23,7 +23,7 @@ from sanawm_calibration.scales import fp8_scale, nvfp4_scale
 from sanawm_calibration.store import Calibration, read
 from sanawm_export.cuda.formats import Formats, formats_for
 from sanawm_export.cuda.recipes import RecipeFormats, ScaleOf, recipe_formats
-from sanawm_export.tensorrt.cache import file_digest
+from sanawm_export.provenance import calibration_summary
 from sanawm_kernels.quant.formats import Nvfp4Tensor
 
 Progress = Callable[[str, int, int], None]
@@ -48,11 +48,7 @@ class CalibratedRecipe:
 
     def provenance(self) -> dict[str, Any]:
         """What the manifest says about calibration."""
-        known = self.calibration
-        return {
-            "recipe": self.recipe.name, "description": self.recipe.description, "file_sha256": file_digest(self.file), "clips": len(known.clips),
-            "settings": known.settings, "versions": known.versions,
-        }  # fmt: skip
+        return calibration_summary(self.recipe, self.calibration, self.file)
 
     def quantize(self, model: SanaWM, progress: Progress | None = None) -> dict[str, NDArray[np.uint8]]:
         """Bytes of the quantized weights by packed name. `model` is taken apart: its layers are merged and their weights freed."""

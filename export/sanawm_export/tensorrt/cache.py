@@ -21,6 +21,7 @@ from typing import Any
 import onnx_ir as ir
 
 from sanawm.errors import UserError
+from sanawm_export.provenance import file_digest
 from sanawm_export.tensorrt.job import Built
 
 # Part of every key: raise it when an engine means something else under the same inputs.
@@ -103,12 +104,6 @@ class EngineCache:
 
     def _folder(self, kind: str, key: str) -> Path:
         return self.root / kind / key[:2] / key
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(facts: Any) -> str:

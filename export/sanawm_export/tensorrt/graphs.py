@@ -15,7 +15,7 @@ from sanawm.programs import PARTS, Geometry, Program, programs
 from sanawm_export.check import PROGRAM, check_export
 from sanawm_export.onnx.export import ExportedProgram, export_part
 from sanawm_export.parts import load_part
-from sanawm_export.tensorrt.cache import file_digest
+from sanawm_export.provenance import calibration_summary, file_digest
 from sanawm_export.tensorrt.euler import euler_programs, write_euler
 
 # Precisions that keep every layer in the activations' dtype; all others are recipes.
@@ -117,11 +117,7 @@ class QuantizedSource(GraphSource):
         return {"layers": layers, "calibration": file_digest(self._file), "merge": self._merge}
 
     def summary(self) -> dict[str, Any] | None:
-        found = self._calibration
-        return {
-            "recipe": self._recipe.name, "description": self._recipe.description, "file_sha256": file_digest(self._file), "clips": len(found.clips),
-            "settings": found.settings, "versions": found.versions,
-        }  # fmt: skip
+        return calibration_summary(self._recipe, self._calibration, self._file)
 
     def reference(self) -> SanaWM:
         from sanawm_calibration.apply import fake_quantized, quantize_model

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sanawm_kernels import rotary
 from sanawm_kernels.aot.spec import KernelVariant
 from sanawm_kernels.gdn import checks
 from sanawm_kernels.gdn.arguments import BlockOutput, CameraBranch, GDNState, MainBranch
@@ -166,3 +168,7 @@ def camera_gdn(
     new = result.state
     assert new.s_cam is not None and new.cam_tail is not None
     return result.camera, new.s_cam, new.cam_tail
+
+
+# For `sanawm_kernels.ops.implementation`.
+FUSED = SimpleNamespace(main_gdn=main_gdn, camera_gdn=camera_gdn, ucpe=rotary.ucpe)
