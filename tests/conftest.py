@@ -7,6 +7,7 @@ here, before any test module is imported. Tests of the compiler run it in a proc
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts background jobs with SIGINT ignored, and processes that tests start and interrupt would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "gpu: runs compiled kernels on a CUDA device; select with -m gpu")
     if config.option.markexpr == "gpu":
         os.environ.pop("TRITON_INTERPRET", None)
