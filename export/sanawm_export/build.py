@@ -101,16 +101,9 @@ def build_onnxruntime(request: BuildRequest, out: Path, *, overwrite: bool = Fal
 
 
 def _check(request: BuildRequest, geometry: Geometry) -> dict[str, Any]:
-    from sanawm_export.check import PROGRAM, check_export
+    from sanawm_export.tensorrt.graphs import GraphSource
 
-    def load() -> Any:
-        return load_part(request.checkpoint, "dit", getattr(torch, geometry.dtype))
-
-    def export(folder: Path) -> Path:
-        (exported,) = export_part("dit", load(), geometry, folder, names=[PROGRAM])
-        return folder / exported.file
-
-    return check_export(export, load, geometry, f"the torch model in {geometry.dtype}")
+    return GraphSource(request.checkpoint, geometry, request.precision).check()
 
 
 def add_prompt(writer: BundleWriter, checkpoint: Checkpoint) -> None:

@@ -17,6 +17,7 @@ from sanawm.bfloat16 import from_bits, to_bits
 from sanawm.camera import actions_to_poses, camera_conditions, chunk_plucker, default_intrinsics, rope_time
 from sanawm.model.dit import SanaWM
 from sanawm.programs import Geometry, programs
+from sanawm_calibration.metrics import sqnr
 from sanawm_export.onnx.export import program_module
 from sanawm_export.quantized.bodies import add_bodies
 from sanawm_export.quantized.judge import lower_for_onnxruntime
@@ -51,10 +52,8 @@ def check_export(export: Callable[[Path], Path], reference: Callable[[], SanaWM]
 
 
 def decibels(reference: np.ndarray, found: np.ndarray) -> float:
-    """Signal to noise ratio of `found`, at most 200 dB."""
-    wide = reference.astype(np.float64)
-    noise = float(((found - wide) ** 2).sum())
-    return min(200.0, float(10 * np.log10((wide**2).sum() / noise))) if noise else 200.0
+    """Signal to noise ratio of `found`, at most 200 dB, since JSON has no infinity."""
+    return min(200.0, sqnr(torch.from_numpy(reference), torch.from_numpy(found)))
 
 
 def step_inputs(model: SanaWM, geometry: Geometry) -> dict[str, Tensor]:

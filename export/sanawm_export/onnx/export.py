@@ -57,6 +57,15 @@ def check_graph(path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
+def write_graph(model: ir.Model, program: Program, weights: Path, *, check: bool = True) -> ExportedProgram:
+    """Write a program's graph beside the weight file that it refers to, and check it."""
+    path = weights.with_name(f"{program.name}.onnx")
+    path.write_bytes(ir.to_proto(model).SerializeToString())
+    if check:
+        check_graph(path)
+    return ExportedProgram(program, path.name, weights.name)
+
+
 def export_part(
     part_name: str,
     part: nn.Module,
@@ -87,8 +96,4 @@ def export_part(
         link_weights(model, weights, _PREFIXES)
         if cpu and geometry.dtype == "bfloat16":
             model = widen_bfloat16(model)
-        path = directory / f"{name}.onnx"
-        path.write_bytes(ir.to_proto(model).SerializeToString())
-        if check:
-            check_graph(path)
-        yield ExportedProgram(program, path.name, weights.name)
+        yield write_graph(model, program, weights, check=check)

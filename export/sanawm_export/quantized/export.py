@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-import onnx_ir as ir
-
 from sanawm.model.dit import SanaWM
 from sanawm.programs import Geometry, programs
 from sanawm_calibration.apply import Progress, QuantizedModel, quantize_model, replace_layers
 from sanawm_calibration.recipe import Recipe, layer_table, load_recipe
 from sanawm_calibration.store import Calibration
-from sanawm_export.onnx.export import ExportedProgram, check_graph, program_module
+from sanawm_export.onnx.export import ExportedProgram, program_module, write_graph
 from sanawm_export.onnx.trace import trace
 from sanawm_export.onnx.weights import module_tensors
 from sanawm_export.quantized.bodies import add_bodies
@@ -99,8 +97,4 @@ def export_prepared(
         link_weights(graph, weights, _PREFIX)
         if cpu:
             graph = lower_for_onnxruntime(graph)
-        path = directory / f"{name}.onnx"
-        path.write_bytes(ir.to_proto(graph).SerializeToString())
-        if check:
-            check_graph(path)
-        yield ExportedProgram(program, path.name, weights.name)
+        yield write_graph(graph, program, weights, check=check)

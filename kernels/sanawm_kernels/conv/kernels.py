@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sanawm_kernels.tiles import grouped_tile
+
 # What a convolution does with its result.
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)  # add a tensor of the same shape
@@ -58,11 +60,7 @@ def causal_conv(
     x (M, C); past (2*H*W, C) or None at the start of a clip, where frame 0 stands in; weight (N, 27 C) contiguous. Tiles are visited GROUP
     tile rows at a time.
     """
-    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    group = tl.program_id(0) // (GROUP * columns)
-    height = min(rows - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * columns)
-    tile_m, tile_n = group * GROUP + within % height, within // height
+    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BM, BN, GROUP)
     pixel = tile_m * BM + tl.arange(0, BM)
     channel = tile_n * BN + tl.arange(0, BN)
     present = pixel < M

@@ -25,6 +25,13 @@ TABLE: tuple[Row, ...] = (
 )
 
 
+def tiling(kind: str, target: int, channels: int, out_channels: int) -> tuple[Row, dict[str, int]]:
+    """The tuning row of a convolution on compute capability `target`, and its tile constants."""
+    tuned = choose(TABLE, "conv", target, kind=kind)
+    rows, columns, depth = (tuned.settings[name] for name in ("rows", "columns", "depth"))
+    return tuned, {"BM": rows, "BN": min(columns, power_of_two(out_channels, 16)), "BK": min(depth, power_of_two(channels, 16)), "GROUP": 8}
+
+
 @cache
 def latent_rows(kind: str) -> KernelVariant:
     """De-normalised, transposed latent."""
@@ -54,15 +61,11 @@ def causal_conv(
     kind: str, target: int, frames: int, height: int, width: int, channels: int, out_channels: int, mode: Mode, first: bool, patch: int = 1
 ) -> KernelVariant:
     """Convolution of `frames` frames; `first` at the start of a clip. `patch` is the side of a pixel patch."""
-    tuned = choose(TABLE, "conv", target, kind=kind)
+    tuned, tiles = tiling(kind, target, channels, out_channels)
     signature, absent = arguments({
         "x": pointer(kind), "past": pointer(None if first else kind), "weight": pointer(kind), "bias": pointer(kind),
         "residual": pointer(kind if mode == "residual" else None), "out": pointer("u8" if mode == "pixels" else kind), "M": "i32",
     })  # fmt: skip
-    tiles = {
-        "BM": tuned.settings["rows"], "BN": min(tuned.settings["columns"], power_of_two(out_channels, 16)),
-        "BK": min(tuned.settings["depth"], power_of_two(channels, 16)), "GROUP": 8,
-    }  # fmt: skip
     sizes = {"T": frames, "H": height, "W": width, "C": channels, "N": out_channels, "PATCH": patch if mode == "pixels" else 1, "MODE": MODES[mode]}
     return KernelVariant(
         name=f"conv.causal.{frames}x{height}x{width}.c{channels}.n{out_channels}.{mode}{'.first' if first else ''}.{kind}",

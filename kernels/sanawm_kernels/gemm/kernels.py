@@ -12,17 +12,7 @@ import triton
 import triton.language as tl
 
 from sanawm_kernels.gemm.epilogue import finish_tile
-
-
-@triton.jit
-def _tile_position(tile, M, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """Tile row and column of the tile-th tile in grouped order."""
-    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    group = tile // (GROUP * columns)
-    first = group * GROUP
-    height = min(rows - first, GROUP)
-    within = tile % (GROUP * columns)
-    return first + within % height, within // height
+from sanawm_kernels.tiles import grouped_tile
 
 
 @triton.jit
@@ -77,7 +67,7 @@ def gemm(
     STEP: tl.constexpr = BK // PACK
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, M, N, BM, BN, GROUP)
+        tile_m, tile_n = grouped_tile(tile, M, N, BM, BN, GROUP)
         row = _within(tile_m * BM + tl.arange(0, BM), M)
         column = _within(tile_n * BN + tl.arange(0, BN), N)
         inner = tl.arange(0, STEP)
@@ -145,7 +135,7 @@ def temporal_conv(
     tl.static_assert(not A_ROWS, "row-wise scales of the activations cannot be factored out of a sum over three rows")
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        tile_m, tile_n = _tile_position(tile, M, N, BM, BN, GROUP)
+        tile_m, tile_n = grouped_tile(tile, M, N, BM, BN, GROUP)
         row = _within(tile_m * BM + tl.arange(0, BM), M)
         column = _within(tile_n * BN + tl.arange(0, BN), N)
         token = row % BATCH

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sanawm_kernels.tiles import grouped_tile
+
 # What a convolution does with its result.
 PLAIN = tl.constexpr(0)
 RESIDUAL = tl.constexpr(1)  # add a tensor of the same shape
@@ -36,11 +38,7 @@ def frame_conv(
     a time.
     """
     M: tl.constexpr = H * W
-    rows, columns = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    group = tl.program_id(0) // (GROUP * columns)
-    height = min(rows - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * columns)
-    tile_m, tile_n = group * GROUP + within % height, within // height
+    tile_m, tile_n = grouped_tile(tl.program_id(0), M, N, BM, BN, GROUP)
     pixel = tile_m * BM + tl.arange(0, BM)
     channel = tile_n * BN + tl.arange(0, BN)
     present = pixel < M

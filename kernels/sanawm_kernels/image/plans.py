@@ -6,9 +6,9 @@ from functools import cache
 from typing import Literal
 
 from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_kernels.conv.plans import tiling
 from sanawm_kernels.tokenwise.block_plans import power_of_two
 from sanawm_kernels.tokenwise.plans import arguments, pointer
-from sanawm_kernels.tuning import Row, choose
 
 KERNELS = "sanawm_kernels.image.kernels"
 FLAT = 1024
@@ -17,15 +17,6 @@ MODES: dict[Mode, int] = {"plain": 0, "residual": 1, "latent": 2}
 Stride = tuple[int, int, int]
 # (frames, rows, columns) by which each stage of the LTX-2 video encoder shrinks the video.
 STRIDES: tuple[Stride, ...] = ((1, 2, 2), (2, 1, 1), (2, 2, 2), (2, 2, 2))
-
-_DATE = "2026-11-23"
-_ALL = (80, 86, 89, 90, 100, 103, 120, 121)
-_INSPECTED = "not timed: chosen from registers, spills and shared memory of the compiled code"
-TABLE: tuple[Row, ...] = (
-    Row("conv", (0,), {"rows": 32, "columns": 32, "depth": 16}, 4, 1, _DATE, "small enough for tests"),
-    Row("conv", _ALL, {"rows": 128, "columns": 128, "depth": 32}, 8, 3, _DATE, _INSPECTED, {"kind": "bf16"}),
-    Row("conv", _ALL, {"rows": 32, "columns": 32, "depth": 16}, 4, 1, _DATE, "float32 is for tests on a GPU", {"kind": "fp32"}),
-)
 
 
 @cache
@@ -43,16 +34,12 @@ def patches(kind: str, height: int, width: int, patch: int) -> KernelVariant:
 @cache
 def frame_conv(kind: str, target: int, height: int, width: int, channels: int, out_channels: int, mode: Mode) -> KernelVariant:
     """3x3 convolution of a frame for compute capability `target`."""
-    tuned = choose(TABLE, "conv", target, kind=kind)
+    tuned, tiles = tiling(kind, target, channels, out_channels)
     statistics = "fp32" if mode == "latent" else None
     signature, absent = arguments({
         "x": pointer(kind), "weight": pointer(kind), "bias": pointer(kind), "residual": pointer(kind if mode == "residual" else None),
         "mean": pointer(statistics), "std": pointer(statistics), "out": pointer(kind),
     })  # fmt: skip
-    tiles = {
-        "BM": tuned.settings["rows"], "BN": min(tuned.settings["columns"], power_of_two(out_channels, 16)),
-        "BK": min(tuned.settings["depth"], power_of_two(channels, 16)), "GROUP": 8,
-    }  # fmt: skip
     sizes = {"H": height, "W": width, "C": channels, "N": out_channels, "MODE": MODES[mode]}
     return KernelVariant(
         name=f"image.conv.{height}x{width}.c{channels}.n{out_channels}.{mode}.{kind}", kernel=f"{KERNELS}:frame_conv",
