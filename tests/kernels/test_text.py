@@ -32,7 +32,7 @@ def test_embedding(channels: int) -> None:
     table, gain = random(50, channels), 1 + 0.1 * random(channels, seed=1)
     ids = torch.tensor([3, 0, 49, 3, 17])
     stream, out = empty(5, channels), empty(5, channels)
-    arguments = {"ids": ids, "table": table, "gain": gain, "stream": stream, "out": out, "scale": channels**0.5}
+    arguments = {"ids": ids, "table": table, "gain": gain, "updated": stream, "out": out, "scale": channels**0.5}
     launch(plans.embed_rows("fp32", channels), arguments, ROWS=5)
     want = naive.embed(ids, table.double(), channels**0.5, gain.double(), plans.NORM_EPS)
     close(stream, want[0], 2)
@@ -47,7 +47,7 @@ def test_sum_of_normed_branch(keep: bool) -> None:
     x[4], branch[4] = 0, 0
     post, pre = 1 + 0.1 * random(C, seed=2), 1 + 0.1 * random(C, seed=3)
     stream, out = empty(9, C), empty(9, C)
-    arguments = {"x": x, "branch": branch, "post": post, "pre": pre, "out": out} | ({"stream": stream} if keep else {})
+    arguments = {"x": x, "branch": branch, "post": post, "pre": pre, "out": out} | ({"updated": stream} if keep else {})
     launch(plans.add_normed("fp32", C, keep), arguments, ROWS=9)
     want = naive.add_normed(*(t.double() for t in (x, branch, post, pre)), plans.NORM_EPS)
     # As above, twice in a row.

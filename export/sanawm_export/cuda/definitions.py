@@ -61,7 +61,7 @@ def update_rows(a: Arguments, c: Arguments) -> None:
     if "branch" in a or "extra" in a:
         stream = tokenwise.residual(x, _batched(a.get("branch")), _batched(a.get("gate")), _batched(a.get("extra"))).plain
         assert stream is not None
-        a["stream"].copy_(stream[0])
+        a["updated"].copy_(stream[0])
         x = stream
     if "shift" in a:
         _store(a, *tokenwise.modulate(x, _batched(a["shift"]), _batched(a["scale"]), quantize=request))

@@ -15,14 +15,14 @@ Arguments = Mapping[str, Any]
 
 def embed_rows(a: Arguments, c: Arguments) -> None:
     stream, out = text.embed(a["ids"], a["table"], a["scale"], a["gain"], c["EPS"])
-    a["stream"].copy_(stream)
+    a["updated"].copy_(stream)
     a["out"].copy_(out)
 
 
 def add_normed(a: Arguments, c: Arguments) -> None:
     stream, out = text.add_normed(a["x"], a["branch"], a["post"], a["pre"], c["EPS"])
-    if "stream" in a:
-        a["stream"].copy_(stream)
+    if "updated" in a:
+        a["updated"].copy_(stream)
     a["out"].copy_(out)
 
 

@@ -47,11 +47,11 @@ class _TextEncoder:
         K = text_mask.shape[1]
         tape.launch("mask", plans.token_mask(), {"mask": self.mask, "out": text_mask, "L": L, "K": K}, ("out",))
         x, u = ctx.tensor("embedding", L, C), ctx.tensor("embedding.normed", L, C)
-        bindings = {"ids": self.ids, "table": ctx.weight("embed"), "gain": ctx.weight("blocks.0.input"), "stream": x, "out": u}
+        bindings = {"ids": self.ids, "table": ctx.weight("embed"), "gain": ctx.weight("blocks.0.input"), "updated": x, "out": u}
         # The model holds the root of the width in its own dtype.
         scale = float(round_to(np.full(1, math.sqrt(C), np.float32), ctx.dtype)[0])
         variant = plans.embed_rows(ctx.kind, C)
-        tape.launch("embed", variant, {**bindings, "scale": scale}, ("stream", "out"), gathered=("table",), ROWS=L)
+        tape.launch("embed", variant, {**bindings, "scale": scale}, ("updated", "out"), gathered=("table",), ROWS=L)
         for i in range(c.layers):
             name = f"blocks.{i}"
             attended = product(ctx, f"{name}.out", f"{name}.out", Rows(self._attention(name, u))).values
@@ -92,8 +92,8 @@ class _TextEncoder:
         """The residual stream after a sub-block, and its norm for the next one."""
         ctx, (L, C) = self.ctx, x.shape
         stream, out = ctx.tensor(f"{label}.stream", L, C), ctx.tensor(label, L, C)
-        bindings = {"x": x, "branch": branch, "post": ctx.weight(post), "pre": ctx.weight(pre), "stream": stream, "out": out}
-        self.tape.launch(label, plans.add_normed(ctx.kind, C, True), bindings, ("stream", "out"), ROWS=L)
+        bindings = {"x": x, "branch": branch, "post": ctx.weight(post), "pre": ctx.weight(pre), "updated": stream, "out": out}
+        self.tape.launch(label, plans.add_normed(ctx.kind, C, True), bindings, ("updated", "out"), ROWS=L)
         return stream, out
 
     def _selected(self, x: View, branch: View, post: str, text: View) -> None:

@@ -16,28 +16,28 @@ def _normed(value, gain, channel, C: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def embed_rows(ids, table, gain, stream, out, scale, C: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
-    """Grid (tokens). ids int64; table (V, C); gain (C,) float32; stream, out (tokens, C)."""
+def embed_rows(ids, table, gain, updated, out, scale, C: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
+    """Grid (tokens). ids int64; table (V, C); gain (C,) float32; updated, out (tokens, C)."""
     row = tl.program_id(0)
     channel = tl.arange(0, P)
     inside = channel < C
     value = tl.load(table + tl.load(ids + row) * C + channel, mask=inside, other=0.0).to(tl.float32) * scale
-    rounded = value.to(stream.dtype.element_ty)
+    rounded = value.to(updated.dtype.element_ty)
     at = row.to(tl.int64) * C + channel
-    tl.store(stream + at, rounded, mask=inside)
+    tl.store(updated + at, rounded, mask=inside)
     tl.store(out + at, _normed(rounded.to(tl.float32), gain, channel, C, EPS).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def add_normed(x, branch, post, pre, stream, out, C: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
-    """Grid (rows). x, branch, stream, out (rows, C); gains post, pre (C,) float32. Without `stream` (None) the sum is not stored."""
+def add_normed(x, branch, post, pre, updated, out, C: tl.constexpr, P: tl.constexpr, EPS: tl.constexpr):
+    """Grid (rows). x, branch, updated, out (rows, C); gains post, pre (C,) float32. Without `updated` (None) the sum is not stored."""
     at = tl.program_id(0).to(tl.int64) * C + tl.arange(0, P)
     channel = tl.arange(0, P)
     inside = channel < C
     update = _normed(tl.load(branch + at, mask=inside, other=0.0).to(tl.float32), post, channel, C, EPS)
     rounded = (tl.load(x + at, mask=inside, other=0.0).to(tl.float32) + update).to(out.dtype.element_ty)
-    if stream is not None:
-        tl.store(stream + at, rounded, mask=inside)
+    if updated is not None:
+        tl.store(updated + at, rounded, mask=inside)
     tl.store(out + at, _normed(rounded.to(tl.float32), pre, channel, C, EPS).to(out.dtype.element_ty), mask=inside)
 
 

@@ -34,7 +34,7 @@ def embed_rows(kind: str, channels: int) -> KernelVariant:
     return KernelVariant(
         name=f"text.embed.c{channels}.{kind}", kernel=f"{KERNELS}:embed_rows",
         signature={
-            "ids": "*i64:16", "table": f"*{kind}:16", "gain": "*fp32:16", "stream": f"*{kind}:16", "out": f"*{kind}:16", "scale": "fp32",
+            "ids": "*i64:16", "table": f"*{kind}:16", "gain": "*fp32:16", "updated": f"*{kind}:16", "out": f"*{kind}:16", "scale": "fp32",
         },
         constexprs={"C": channels, "P": power_of_two(channels, 16), "EPS": NORM_EPS},
         grid=("ROWS", "1", "1"), grid_sizes=("ROWS",), num_warps=_row_warps(channels), num_stages=1,
@@ -45,7 +45,7 @@ def embed_rows(kind: str, channels: int) -> KernelVariant:
 def add_normed(kind: str, channels: int, keep: bool) -> KernelVariant:
     """Residual sum of a normed branch, and its norm; `keep` stores the sum."""
     signature, absent = arguments({
-        "x": pointer(kind), "branch": pointer(kind), "post": "*fp32:16", "pre": "*fp32:16", "stream": pointer(kind if keep else None),
+        "x": pointer(kind), "branch": pointer(kind), "post": "*fp32:16", "pre": "*fp32:16", "updated": pointer(kind if keep else None),
         "out": pointer(kind),
     })  # fmt: skip
     return KernelVariant(

@@ -117,7 +117,7 @@ def update_rows(
         entries |= {name: pointer(dtype if present else None), f"{name}_row": stride(channels) if present else None}
     for name in ("shift", "scale"):
         entries |= {name: pointer(modulation if modulate else None), f"{name}_row": stride(channels) if modulate else None}
-    entries |= {"stream": pointer(kind if stream else None), "out": pointer(kind if keep and modulate else None)}
+    entries |= {"updated": pointer(kind if stream else None), "out": pointer(kind if keep and modulate else None)}
     entries |= quant_entries(quant)
     signature, absent = arguments(entries)
     c0, c1 = cover(channels)

@@ -84,7 +84,7 @@ def _update(
         type_name(x, f"{what} x"), C, N // frames if frames else N, branch=branch is not None, gate=gate is not None, extra=extra is not None,
         modulate=shift is not None, modulation=modulation, keep=keep, eps=LAYER_NORM_EPS, **parameters,
     )  # fmt: skip
-    arguments |= {name: value for name, value in (("stream", stream), ("out", out)) if value is not None}
+    arguments |= {name: value for name, value in (("updated", stream), ("out", out)) if value is not None}
     launch(variant, arguments | quantized_arguments(quantized, request, x.device), ROWS=B * N)
     return stream, Output(out, quantized)
 

@@ -13,7 +13,7 @@ from sanawm_kernels.quant.triton import FP8_ROWS, NO_CODES, store_row
 
 
 @triton.jit
-def _updated(x, x_row, branch, branch_row, gate, gate_row, extra, extra_row, stream, row, frame, column, inside, C: tl.constexpr):
+def _updated(x, x_row, branch, branch_row, gate, gate_row, extra, extra_row, updated, row, frame, column, inside, C: tl.constexpr):
     """The residual stream of one tile after the update, rounded as it is stored, in float32."""
     value = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
     if branch is not None:
@@ -23,9 +23,9 @@ def _updated(x, x_row, branch, branch_row, gate, gate_row, extra, extra_row, str
         value += update
     if extra is not None:
         value += tl.load(extra + row * extra_row + column, mask=inside, other=0.0).to(tl.float32)
-    if stream is not None:
-        rounded = value.to(stream.dtype.element_ty)
-        tl.store(stream + row * C + column, rounded, mask=inside)
+    if updated is not None:
+        rounded = value.to(updated.dtype.element_ty)
+        tl.store(updated + row * C + column, rounded, mask=inside)
         value = rounded.to(tl.float32)
     return value
 
@@ -65,11 +65,11 @@ def _finish(
 @triton.jit
 def update_rows(
     x, x_row, branch, branch_row, gate, gate_row, extra, extra_row, shift, shift_row, scale, scale_row,
-    stream, out, codes, scales, quant_scale,
+    updated, out, codes, scales, quant_scale,
     TOKENS: tl.constexpr, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EPS: tl.constexpr,
     QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows). stream = x + gate * branch + extra; then, with `shift`, LayerNorm and modulation; then stores.
+    """Grid (rows). updated = x + gate * branch + extra; then, with `shift`, LayerNorm and modulation; then stores.
 
     Absent operands and outputs are None. TOKENS rows share one row of gate, shift and scale.
     """
@@ -78,10 +78,10 @@ def update_rows(
     columns_a = tl.arange(0, C0)
     columns_b = C0 + tl.arange(0, C1 if C1 > 0 else 16)
     inside_a, inside_b = columns_a < C, columns_b < C
-    a = _updated(x, x_row, branch, branch_row, gate, gate_row, extra, extra_row, stream, row, frame, columns_a, inside_a, C)
+    a = _updated(x, x_row, branch, branch_row, gate, gate_row, extra, extra_row, updated, row, frame, columns_a, inside_a, C)
     b = a
     if C1 > 0:
-        b = _updated(x, x_row, branch, branch_row, gate, gate_row, extra, extra_row, stream, row, frame, columns_b, inside_b, C)
+        b = _updated(x, x_row, branch, branch_row, gate, gate_row, extra, extra_row, updated, row, frame, columns_b, inside_b, C)
     if shift is not None:
         total = tl.sum(a, 0)
         if C1 > 0:
