@@ -18,9 +18,10 @@ from kernel_timing import Case, main, measure
 
 from sanawm_kernels.attention import triton as fused
 from sanawm_kernels.attention.naive import Fp8Scales, InverseUCPE, Segment
-from sanawm_kernels.attention.table import Tile
+from sanawm_kernels.attention.table import Tile, paired
 from sanawm_kernels.quant.formats import quantize_fp8
 from sanawm_kernels.tokenwise import triton as tokenwise
+from sanawm_kernels.tokenwise.launch import target
 
 T, S, C, H, D, L = 3, 880, 2240, 20, 112, 300
 N = T * S
@@ -68,33 +69,45 @@ def ray_space(tokens: int) -> InverseUCPE:
     return InverseUCPE(torch.randn(1, tokens, 4, 4, device="cuda"), angle.cos(), angle.sin())
 
 
-def _window(name: str, branches: int) -> Case:
+def _branch(q: torch.Tensor, held: Sequence[Segment]) -> tuple[torch.Tensor, list[Segment]]:
+    """One batch of queries and segments without their first axis."""
+    return q[0], [Segment(s.keys[0], s.values[0]) for s in held]
+
+
+def _window(name: str) -> Case:
+    """Both branches, in one launch where the table says so."""
     lengths = WINDOWS[name]
     queries, keys = lengths[-1], sum(lengths)
 
     def prepare() -> Made:
         main_q, camera_q = rand(1, queries, H, D), rand(1, queries, H, D)
         first, second, ucpe = segments(lengths), segments(lengths), ray_space(queries)
+        joined = [torch.cat([getattr(s, field) for s in held], 1) for field in ("keys", "values") for held in (first, second)]
+        others = peers(torch.cat((main_q, camera_q), 2), torch.cat(joined[:2], 2), torch.cat(joined[2:], 2))
+        if paired(target(main_q.device), "bf16"):
+            (q, held), (cam_q, cam_held) = _branch(main_q, first), _branch(camera_q, second)
+            return lambda: fused.window_pair(q, held, D**-0.5, cam_q, cam_held, D**-0.5, ucpe), others
 
         def call() -> None:
             fused.window_attention(main_q, first, D**-0.5)
-            if branches == 2:
-                fused.window_attention(camera_q, second, D**-0.5, ucpe=ucpe)
+            fused.window_attention(camera_q, second, D**-0.5, ucpe=ucpe)
 
-        joined = [torch.cat([getattr(s, field) for s in first], 1) for field in ("keys", "values")]
-        one = peers(main_q, *joined)
-        return call, {backend: (lambda f=f: [f() for _ in range(branches)]) for backend, f in one.items()}  # type: ignore[misc]
+        return call, others
 
-    traffic = branches * 2 * C * (2 * queries + 2 * keys)
-    includes = f"{branches} launch(es)" + (", camera with its transform out of ray space; the peers without it" if branches == 2 else "")
-    return Case(
-        f"attention.{name}{'' if branches == 2 else '.one_branch'}.bf16",
-        prepare,
-        traffic,
-        branches * 4 * queries * keys * C,
-        "bf16",
-        includes,
-    )
+    includes = "both branches, camera with its transform out of ray space; the peers without it, all heads in one call, keys concatenated before"
+    return Case(f"attention.{name}.bf16", prepare, 4 * C * (2 * queries + 2 * keys), 8 * queries * keys * C, "bf16", includes)
+
+
+def _one_branch() -> Case:
+    lengths = WINDOWS["window"]
+    keys = sum(lengths)
+
+    def prepare() -> Made:
+        q, held = rand(1, N, H, D), segments(lengths)
+        joined = [torch.cat([getattr(s, field) for s in held], 1) for field in ("keys", "values")]
+        return lambda: fused.window_attention(q, held, D**-0.5), peers(q, *joined)
+
+    return Case("attention.window.one_branch.bf16", prepare, 2 * C * (2 * N + 2 * keys), 4 * N * keys * C, "bf16", "one launch")
 
 
 def _window_fp8() -> Case:
@@ -134,27 +147,31 @@ def _cross(parts: int) -> Case:
 
 def cases() -> Sequence[Case]:
     """Both branches over the window of each chunk kind, one branch alone, FP8, and cross-attention."""
-    return [_window("window", 2), _window("window", 1), _window("first", 2), _window("second", 2), _window_fp8(), _cross(70), _cross(0)]
+    return [_window("window"), _one_branch(), _window("first"), _window("second"), _window_fp8(), _cross(20), _cross(0)]
 
 
 def propose() -> None:
-    """Time tiles of the steady window, fastest first."""
+    """Time tiles of the steady window, fastest first: both branches in one launch, and one branch alone."""
     import triton
 
     q, held, ucpe = rand(1, N, H, D), segments(WINDOWS["window"]), ray_space(N)
-    for transform in (None, ucpe):
+    rows, cached = _branch(q, held)
+    calls: dict[str, Callable[[Tile], Any]] = {
+        "pair": lambda tile: fused.window_pair(rows, cached, D**-0.5, rows, cached, D**-0.5, ucpe, tile=tile),
+        "window": lambda tile: fused.window_attention(q, held, D**-0.5, tile=tile),
+    }
+    for name, call in calls.items():
+        if name == "pair" and not paired(target(q.device), "bf16"):
+            continue
         times = []
         for queries, keys, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
             tile = Tile(queries, keys, warps, stages)
             try:
-                run = measure(lambda tile=tile, t=transform: fused.window_attention(q, held, D**-0.5, ucpe=t, tile=tile))  # type: ignore[misc]
+                times.append((measure(lambda tile=tile, call=call: call(tile)).median, tile))  # type: ignore[misc]
             except triton.runtime.errors.OutOfResources:
                 continue
-            times.append((run.median, tile))
         for time, tile in sorted(times, key=lambda entry: entry[0])[:5]:
-            print(
-                f"{datetime.date.today().isoformat()} {torch.cuda.get_device_name()} {'camera' if transform else 'main'} {time:.1f} us {tile}"
-            )
+            print(f"{datetime.date.today().isoformat()} {torch.cuda.get_device_name()} {name} {time:.1f} us {tile}")
 
 
 if __name__ == "__main__":

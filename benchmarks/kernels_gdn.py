@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ NOTES = (
 )
 INCLUDES = "raw projections to outputs of both branches: short conv, norms, rotations, gates, scans, division, inverse UCPE; random weights"
 SIZES = {"full": (20, 112, (22, 40)), "dry": (2, 16, (2, 3))}
+# Input sets that a graph goes through: each moves some 200 MB, so that none finds its own in the second-level cache.
+SETS = 5
 FIELDS = ("s", "z", "s_cam")
 
 
@@ -31,10 +33,13 @@ FIELDS = ("s", "z", "s_cam")
 @click.option("--frames", multiple=True, default=(3,), show_default=True, help="Frames of the chunk; may be repeated.")
 @click.option("--precision", multiple=True, default=("bf16",), show_default=True, type=click.Choice(["bf16", "tf32", "ieee"]))
 @click.option("--repeat", default=100, show_default=True, type=click.IntRange(50), help="Timed runs of each case.")
+@click.option("--chunks", default=40, show_default=True, type=click.IntRange(0), help="Chunks that carry the state whose error is compared; 0: none.")
 @click.option("--peer", type=click.Path(exists=True, path_type=Path), help="sglang's wheel, or the directory it was unpacked to.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Results file (default: benchmarks/results/<hardware>-gdn.json).")
 @click.option("--dry-run", is_flag=True, help="Check everything but the times on a small block, without a device.")
-def main(frames: tuple[int, ...], precision: tuple[str, ...], repeat: int, peer: Path | None, output: Path | None, dry_run: bool) -> None:
+def main(
+    frames: tuple[int, ...], precision: tuple[str, ...], repeat: int, chunks: int, peer: Path | None, output: Path | None, dry_run: bool
+) -> None:  # fmt: skip
     if dry_run:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -44,7 +49,7 @@ def main(frames: tuple[int, ...], precision: tuple[str, ...], repeat: int, peer:
     rows: list[dict[str, Any]] = []
     for T in frames:
         for mode in ("ieee",) if dry_run else precision:
-            rows += errors(T, mode, dry_run) + carried(T, mode, dry_run)
+            rows += errors(T, mode, dry_run) + (carried(T, mode, dry_run, chunks) if chunks else [])
             if not dry_run:
                 rows += times(T, mode, repeat, peer)
         if peer is not None:
@@ -95,7 +100,7 @@ def errors(T: int, mode: str, dry: bool) -> list[dict[str, Any]]:
     return [number(case, f"relative_l2.{name}", relative_error(*pair), includes) for name, pair in found.items()]
 
 
-def carried(T: int, mode: str, dry: bool, chunks: int = 40) -> list[dict[str, Any]]:
+def carried(T: int, mode: str, dry: bool, chunks: int) -> list[dict[str, Any]]:
     """Error of the state after 40 chunks over that after one, each averaged over four chunks."""
     from sanawm_kernels.gdn import fused
     from sanawm_kernels.gdn.samples import reference, relative_error
@@ -120,29 +125,34 @@ def times(T: int, mode: str, repeat: int, peer: Path | None) -> list[dict[str, A
     from sanawm_kernels.gdn import fused
     from sanawm_kernels.tokenwise.launch import launch
 
-    x = inputs(T, False, int.from_bytes(os.urandom(3), "little"))
-    state = fused.block_gdn(x.main, x.camera, x.gates, **x.options, precision=mode).state
+    seed = int.from_bytes(os.urandom(3), "little")
+    samples = [inputs(T, False, seed + i) for i in range(SETS)]
+    x = samples[0]
+    states = [fused.block_gdn(s.main, s.camera, s.gates, **s.options, precision=mode).state for s in samples]
     floor = 8 * x.main.q.numel() * x.main.q.element_size() / kernel_timing.copy_bandwidth() * 1e6
 
-    def row(case: str, call: Callable[[], Any], includes: str, **fields: Any) -> dict[str, Any]:
-        time = kernel_timing.measure(call, repeat)
-        measured = {"value": time.median, "unit": "us", "min": time.least, "max": time.most, "n": time.n}
+    def row(case: str, calls: Sequence[Callable[..., Any]], includes: str, **fields: Any) -> dict[str, Any]:
+        time = kernel_timing.measure(calls, repeat)
+        measured = {"value": time.median, "unit": "us", "min": time.least, "max": time.most, "n": time.n, "sets": len(calls)}
         return {"case": case, "metric": "time", **measured, "floor": None, "peer": None, "peer_value": None, "includes": includes, **fields}
 
     theirs: dict[str, Any] = {}
     if peer is not None:
         import peer_sglang
 
-        call = peer_sglang.block(peer_sglang.load(peer), x, SIZES["full"][2])
-        theirs = {"peer": "sglang, Triton kernels and the torch code around them", "peer_value": kernel_timing.measure(call, repeat).median}
+        module = peer_sglang.load(peer)
+        calls = [peer_sglang.block(module, s, SIZES["full"][2]) for s in samples]
+        theirs = {"peer": "sglang, Triton kernels and the torch code around them", "peer_value": kernel_timing.measure(calls, repeat).median}
     case, rows = f"gdn.block.{T}f.{mode}", []
     for form, commit in (("", False), (".commit", True)):
-        bound = fused.bind(x.main, x.camera, x.gates, **x.options, state=state, commit=commit, precision=mode)
+        bound = [
+            fused.bind(s.main, s.camera, s.gates, **s.options, state=state, commit=commit, precision=mode) for s, state in zip(samples, states)
+        ]
         includes = INCLUDES + ("; states and tails written" if commit else "; read-only")
-        rows.append(row(case + form, bound.run, includes, floor=floor, **({} if commit else theirs)))
-    for variant, arguments in bound.launches:
-        phase = variant.name.split(".")[1]
-        rows.append(row(f"gdn.{phase}.{T}f.{mode}", lambda v=variant, a=arguments: launch(v, a), "one launch of the committing form"))  # type: ignore[misc]
+        rows.append(row(case + form, [call.run for call in bound], includes, floor=floor, **({} if commit else theirs)))
+    for phase, launches in zip(("prepare", "summarize", "combine", "apply"), zip(*(call.launches for call in bound))):
+        calls = [lambda v=variant, a=arguments: launch(v, a) for variant, arguments in launches] * 2
+        rows.append(row(f"gdn.{phase}.{T}f.{mode}", calls, "one launch of the committing form"))
     return rows
 
 

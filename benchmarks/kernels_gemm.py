@@ -1,8 +1,7 @@
-"""Products of one block against cuBLASLt, in every format; `--propose` times tiles and prints rows for the tuning table."""
+"""Products of one block against cuBLASLt, in every format."""
 
 from __future__ import annotations
 
-import datetime
 import sys
 from collections.abc import Callable, Sequence
 from itertools import product
@@ -13,12 +12,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from kernel_timing import Case, main, measure
+from kernel_timing import Case, main
 
-from sanawm_kernels.gemm import cublaslt, naive, table
+from sanawm_kernels.gemm import cublaslt, interface, naive
 from sanawm_kernels.gemm import triton as fused
 from sanawm_kernels.gemm.naive import Epilogue, Operand
-from sanawm_kernels.gemm.plans import Config
 from sanawm_kernels.quant.formats import quantize_fp8, quantize_nvfp4
 
 T, S, C, G = 3, 880, 2240, 6720
@@ -33,7 +31,7 @@ NEEDS = {"bf16": 80, "fp8": 89, "fp8_rows": 89, "nvfp4": 100}
 
 
 INCLUDES = (
-    "product with its epilogue; the peer's epilogue is a second launch",
+    "product with its epilogue by the table's choice; cuBLASLt's epilogue is a second launch",
     "product with its epilogue; the floor is that of traffic alone",
 )
 
@@ -79,8 +77,10 @@ def _product(name: str, kind: str, finish: str) -> Case:
 
     def prepare() -> tuple[Callable[[], Any], dict[str, Callable[[], Any]]]:
         x, weight, epilogue = operand(rand(1, rows, depth), kind), operand(rand(columns, depth), kind), make(columns)
-        peers: dict[str, Callable[[], Any]] = {} if kind == "nvfp4" else {"cublaslt": lambda: cublaslt.linear(x, weight, epilogue)}
-        return lambda: fused.linear(x, weight, epilogue), peers
+        if kind == "nvfp4":
+            return lambda: fused.linear(x, weight, epilogue), {}
+        peers = {"cublaslt": lambda: cublaslt.linear(x, weight, epilogue), "triton": lambda: fused.linear(x, weight, epilogue)}
+        return lambda: interface.linear(x, weight, epilogue), peers
 
     traffic = BYTES[kind] * (rows * depth + columns * depth) + 2 * rows * columns * (1 + reads)
     return Case(
@@ -130,43 +130,5 @@ def cases() -> Sequence[Case]:
     return found + [_temporal(kind) for kind in ("bf16", "fp8", "nvfp4")]
 
 
-def candidates(kind: str) -> list[Config]:
-    """Tiles worth timing; those that do not fit the GPU are passed over."""
-    depths = {"bf16": (64,), "fp8": (64, 128), "fp8_rows": (64, 128), "nvfp4": (128, 256)}[kind]
-    tiles = product((128,), (64, 128, 256), depths, (2, 3, 4, 5), (4, 8), (False, True))
-    return [
-        Config(rows, columns, depth, group=8, warps=warps, stages=stages, slices=max(1, columns // 64), persistent=persistent)
-        for rows, columns, depth, stages, warps, persistent in tiles
-    ]
-
-
-def propose() -> None:
-    """Print a table row for each shape and format: the fastest tile, or cuBLASLt where that wins."""
-    import triton
-
-    major, minor = torch.cuda.get_device_capability()
-    for (name, (columns, depth)), kind, finish in product(SHAPES.items(), BYTES, ("plain", "residual")):
-        if major * 10 + minor < NEEDS[kind] or (finish == "residual" and name != "square"):
-            continue
-        rows = ROWS.get(name, M)
-        x, weight, epilogue = operand(rand(1, rows, depth), kind), operand(rand(columns, depth), kind), EPILOGUES[finish][0](columns)
-        times: list[tuple[float, Config | None]] = []
-        for config in candidates(kind):
-            try:
-                times.append((measure(lambda x=x, w=weight, e=epilogue, c=config: fused.linear(x, w, e, config=c)).median, config))  # type: ignore[misc]
-            except triton.runtime.errors.OutOfResources:
-                continue
-        best = min(times, key=lambda entry: entry[0])
-        if kind != "nvfp4":
-            library = measure(lambda x=x, w=weight, e=epilogue: cublaslt.linear(x, w, e)).median  # type: ignore[misc]
-            if library < best[0]:
-                best = (library, None)
-        row = table.Measured(
-            major * 10 + minor, "fp8" if kind == "fp8_rows" else kind, columns, depth, rows, finish == "plain", "triton" if best[1] else "cublaslt",
-            best[1], datetime.date.today().isoformat(), f"{best[0]:.1f} us on {torch.cuda.get_device_name()}",
-        )  # fmt: skip
-        print(f"    {row!r},", flush=True)
-
-
 if __name__ == "__main__":
-    main("kernels-gemm", cases, "products of one block, 3 frames at 704x1280, random inputs", propose)
+    main("kernels-gemm", cases, "products of one block, 3 frames at 704x1280, random inputs")

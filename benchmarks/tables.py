@@ -51,10 +51,22 @@ def _where(result: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    unit = row["unit"]
-    spread = "" if row.get("min") is None else f"{number(row['min'])} to {number(row['max'])}"
+    unit, row = "ms" if _short(row) else row["unit"], _readable(row)
+    spread = "" if row.get("min") is None or row["n"] == 1 else f"{number(row['min'])} to {number(row['max'])}"
     peer = "" if row.get("peer") is None else f"{row['peer']}: {number(row['peer_value'], unit)}"
     return [f"`{row['case']}`", row["metric"], number(row["value"], unit), spread, number(row["n"]), number(row.get("floor"), unit), peer]
+
+
+def _short(row: Mapping[str, Any]) -> bool:
+    """Whether a time in seconds is less than one."""
+    return bool(row["unit"] == "s" and row["value"] < 1)
+
+
+def _readable(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row with a short time's numbers in milliseconds."""
+    if not _short(row):
+        return row
+    return {**row, **{key: 1e3 * row[key] for key in ("value", "min", "max", "floor", "peer_value") if row.get(key) is not None}}
 
 
 def filled(text: str, results: Path = RESULTS) -> str:

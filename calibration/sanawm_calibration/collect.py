@@ -45,7 +45,10 @@ class Shard:
 
 
 class Recorder:
-    """Hooks on a linearized transformer that feed statistics of layer inputs."""
+    """Hooks on a linearized transformer that feed statistics of layer inputs.
+
+    What is not finite is found at the end of each evaluation, for all its layers at once: asking layer by layer would have a GPU wait.
+    """
 
     def __init__(self, model: SanaWM, layers: dict[str, Layer], rows: int, seed: int, clip: str) -> None:
         self.sources: dict[str, SourceStatistics] = {}
@@ -54,11 +57,14 @@ class Recorder:
         self._label = ""
         # The tensor that each source was last seen as: layers of one source are handed the same object.
         self._seen: dict[str, Tensor] = {}
+        # (layer, label, largest magnitude of its input) since the last check.
+        self._unchecked: list[tuple[str, str, Tensor]] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Hooks are in place inside the block."""
         handles = [self._model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        handles.append(self._model.register_forward_hook(lambda module, args, out: self.check()))
         for name, layer in self._layers.items():
             handles.append(self._model.get_submodule(name).register_forward_pre_hook(self._hook(name, layer)))
         try:
@@ -80,18 +86,27 @@ class Recorder:
             if self._seen.get(layer.source) is x:
                 return
             self._seen[layer.source] = x
-            if not bool(torch.isfinite(x).all()):
-                raise CalibrationError(
-                    f"{name}: its input has an infinity or NaN at {self._label or layer.role.program} in clip {self._clip}; "
-                    "check the checkpoint, or run in bfloat16 instead of float16"
-                )
             statistics = self.sources.get(layer.source)
             if statistics is None:
                 seed = int.from_bytes(hashlib.sha256(f"{self._seed}/{layer.source}".encode()).digest()[:7], "big")
-                statistics = self.sources[layer.source] = SourceStatistics(x.shape[-1], self._rows, seed)
-            statistics.add(x, self._label if layer.role.program == "forward" else layer.role.program)
+                statistics = self.sources[layer.source] = SourceStatistics(x.shape[-1], self._rows, seed, x.device)
+            label = self._label if layer.role.program == "forward" else layer.role.program
+            self._unchecked.append((name, label, statistics.add(x, label)))
 
         return record
+
+    def check(self) -> None:
+        """Raise CalibrationError naming the first layer whose input was not finite since the last call."""
+        if not self._unchecked:
+            return
+        finite = torch.isfinite(torch.stack([largest for _, _, largest in self._unchecked])).tolist()
+        for (name, label, _), is_finite in zip(self._unchecked, finite):
+            if not is_finite:
+                raise CalibrationError(
+                    f"{name}: its input has an infinity or NaN at {label} in clip {self._clip}; "
+                    "check the checkpoint, or run in bfloat16 instead of float16"
+                )
+        self._unchecked.clear()
 
 
 def check_length(inputs: Sequence[ClipInputs], config: StreamConfig) -> None:
@@ -110,7 +125,7 @@ def check_length(inputs: Sequence[ClipInputs], config: StreamConfig) -> None:
 def collect_clip(
     model: SanaWM, inputs: ClipInputs, config: StreamConfig, rows: int, on_chunk: Callable[[int, int], None] | None = None
 ) -> Shard:
-    """Roll out one clip with the model's own sampler and record; the model is linearized in place."""
+    """Roll out one clip with the model's own sampler and record; the model is linearized in place, the statistics come to the CPU."""
     linearize(model)
     device = next(model.parameters()).device
     recorder = Recorder(model, quantizable(model.config), rows, inputs.clip.seed, inputs.clip.name)
@@ -121,7 +136,8 @@ def collect_clip(
         for step in stream(model, noise, text, inputs.camera.to(device), inputs.plucker.to(device), config):
             if on_chunk:
                 on_chunk(step.chunk.index + 1, total)
-    return Shard(inputs.clip.name, recorder.sources, recorder.calls)
+    recorder.check()
+    return Shard(inputs.clip.name, {name: restore(source.tensors()) for name, source in recorder.sources.items()}, recorder.calls)
 
 
 def collect(

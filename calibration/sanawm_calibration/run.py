@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import sanawm
 from sanawm.errors import InputError
 from sanawm.model.checkpoint import Checkpoint
 from sanawm.model.dit import SanaWM
-from sanawm_calibration import collect, page, plots, store
+from sanawm_calibration import collect, modelopt_cpu, page, plots, store
 from sanawm_calibration.clips import GENERATED, Clip, open_set
 from sanawm_calibration.cost import CostModel
 from sanawm_calibration.errors import CalibrationError
@@ -31,7 +33,8 @@ from sanawm_calibration.store import Calibration
 
 # phase, item, items done, items in all
 Progress = Callable[[str, str, int, int], None]
-_VERSIONS = ("sanawm", "torch", "nvidia-modelopt")
+# Recorded where they are installed: statistics need no modelopt.
+_PACKAGES = ("torch", "nvidia-modelopt")
 # Judged clips start from other noise than calibrated ones, so that nothing is judged on the very activations it was fitted to.
 _JUDGE_SEED = 500_000
 _STREAM_PIXELS = 24
@@ -76,9 +79,11 @@ def run(request: Request, progress: Progress) -> Outcome:
     _check_device(request.device)
     if request.output.suffix != ".json":
         raise CalibrationError(f"{request.output}: expected the calibration file's name to end in .json")
-    # Mistakes in names come before hours of work.
+    # Mistakes in names and missing packages come before hours of work.
     cost = CostModel(request.checkpoint.world, request.target)
     load_recipe(request.recipe)
+    if request.search or request.report is not None:
+        modelopt_cpu.load()
     clips = select_clips(request)
     progress("encode", "prompts and first frames", 0, 1)
     inputs = encode_clips(request.checkpoint, clips, request.dtype, request.device)
@@ -140,8 +145,14 @@ def _statistics(
         checkpoint={"source": request.checkpoint.source, "kind": request.checkpoint.kind, "fingerprint": fingerprint},
         clips=[clip.describe() for clip in clips],
         settings={"data": request.data, "rows": request.rows, "dtype": str(request.dtype).removeprefix("torch."), "device": request.device},
-        versions={p: importlib.metadata.version(p) for p in _VERSIONS},
+        versions={"sanawm": sanawm.__version__, **dict(_installed())},
     )
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield package, importlib.metadata.version(package)
 
 
 def _judged(inputs: Sequence[ClipInputs], count: int) -> list[ClipInputs]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
 import os
 import time
@@ -87,6 +88,41 @@ def camera_path(request: ClipRequest) -> tuple[NDArray[np.float64], str]:
     return np.asarray(actions_to_poses(request.action), np.float64), "the action string"
 
 
+class _Behind:
+    """Writes chunks in a thread of its own, while the next chunk is generated; the next one waits until the last is written.
+
+    `first_at` is when the first chunk was written.
+    """
+
+    def __init__(self, writers: Sequence[Any]) -> None:
+        self._writers = writers
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "sanawm-writer")
+        self._last: concurrent.futures.Future[None] | None = None
+        self.first_at = 0.0
+
+    def append(self, chunk: Chunk) -> float:
+        """Give a chunk to the writers; the seconds that it waited. Raises what the chunk before raised."""
+        begin = time.perf_counter()
+        self.wait()
+        self._last = self._thread.submit(self._write, chunk)
+        return time.perf_counter() - begin
+
+    def _write(self, chunk: Chunk) -> None:
+        for writer in self._writers:
+            writer.append(chunk.frames if writer.takes == "frames" else chunk.latents[0])
+        self.first_at = self.first_at or time.perf_counter()
+
+    def wait(self) -> None:
+        """Wait for the last chunk. Raises what it raised."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def stop(self) -> None:
+        """Wait for the thread, whatever became of its work."""
+        self._thread.shutdown()
+
+
 def generate_clip(
     world: World, request: ClipRequest, outputs: Sequence[str | os.PathLike[str]], *, opened_s: float = 0.0, progress: Progress | None = None
 ) -> tuple[ClipReport, list[NDArray[np.uint8]], NDArray[np.float64], NDArray[np.float64]]:
@@ -110,27 +146,28 @@ def generate_clip(
     report = ClipReport([os.fspath(o) for o in outputs], frames, fps, request.seed, opened_s, time.perf_counter() - begin, 0.0, 0.0)
     total = 1 + (frames - stream.poses_needed) // (world.config.stream.chunk_frames * world.config.vae.temporal_stride)
     writers: list[Any] = []
+    behind = _Behind(writers)
     shown: list[NDArray[np.uint8]] = []
     try:
         writers += [open_writer(o, fps=fps, height=height, width=width, codec=request.codec) for o in outputs]
         for chunk in stream.generate(path):
-            written = time.perf_counter()
-            for writer in writers:
-                writer.append(chunk.frames if writer.takes == "frames" else chunk.latents[0])
-            seconds = chunk.seconds | {"write": time.perf_counter() - written}
+            seconds = chunk.seconds | {"write": behind.append(chunk)}
             report.chunks.append({"index": chunk.index, "frames": len(chunk.frames), "stages": seconds})
-            report.first_frame_s = report.first_frame_s or time.perf_counter() - begin
             shown += [chunk.frames[0]] if chunk.index == 0 else []
             shown.append(chunk.frames[-1])
             if progress:
                 progress(chunk.index + 1, total, chunk)
+        behind.wait()
     except BaseException as error:
+        behind.stop()
         for writer in writers:
             writer.__exit__(type(error), error, error.__traceback__)
         raise
+    behind.stop()
     for writer in writers:
         writer.close()
     report.total_s = time.perf_counter() - begin
+    report.first_frame_s = behind.first_at - begin
     return report, shown, path, rows[0]
 
 

@@ -72,7 +72,9 @@ class Rollout:
         self._state = StreamState(engine, world.geometry)
         self._decoder = DecoderState(engine, list(programs["decode_first"].outputs[1:]))
         self._latent_frame = engine.allocate(programs["decode"].input("latents"))
-        self._frames = {name: engine.allocate(programs[name].output("frames")) for name in ("decode_first", "decode")}
+        # Two of each: a latent frame is decoded while the frames of the one before are copied to the host.
+        names = ("decode_first", "decode")
+        self._frames = {name: [engine.allocate(programs[name].output("frames")) for _ in range(2)] for name in names}
         self._buffers = {kind: self._chunk_buffers(kind) for kind in ("first", "steady")}
 
     def _chunk_buffers(self, kind: str) -> dict[str, Buffer]:
@@ -145,7 +147,7 @@ class Rollout:
             self._commit(span, buffers)
             monitor.advance("commit")
         with monitor.stage("decode"):
-            frames = self._decode(latents, monitor)
+            frames = self._decode(span, buffers["latents"], monitor)
         self.chunks += 1
         return latents, frames
 
@@ -167,6 +169,13 @@ class Rollout:
             x[:, :, :1] = self._first_latent
         engine.write(latents, x)
         bound = {**buffers, **self._text, **self._state.reads(span.kind)}
+        if engine.whole_chunks:
+            # With the clean pass, whose outputs nobody reads before the step is binding.
+            rows = np.concatenate([timestep_row(timestep, span) for timestep in stream.timesteps])
+            engine.run_chunk(span.kind, bound | self._state.writes(span.kind), rows, step_sizes(stream), keep_first=span.start == 0)
+            for _ in stream.timesteps:
+                monitor.advance("denoise")
+            return
         for timestep, size in zip(stream.timesteps, step_sizes(stream)):
             monitor.check()
             engine.write(buffers["timestep"], timestep_row(timestep, span))
@@ -175,17 +184,24 @@ class Rollout:
             monitor.advance("denoise")
 
     def _commit(self, span: Span, buffers: dict[str, Buffer]) -> None:
-        self._run(f"commit_{span.kind}", {**buffers, **self._text, **self._state.reads(span.kind), **self._state.writes(span.kind)})
+        if not self.world.engine.whole_chunks:
+            self._run(f"commit_{span.kind}", {**buffers, **self._text, **self._state.reads(span.kind), **self._state.writes(span.kind)})
         self._state.advance(span.kind)
 
-    def _decode(self, latents: NDArray[np.float32], monitor: Monitor) -> NDArray[np.uint8]:
-        engine, out = self.world.engine, []
-        for t in range(latents.shape[2]):
-            name = "decode" if self.chunks or t else "decode_first"
-            engine.write(self._latent_frame, latents[:, :, t : t + 1])
+    def _decode(self, span: Span, latents: Buffer, monitor: Monitor) -> NDArray[np.uint8]:
+        engine, pending = self.world.engine, []
+        for t in range(span.frames):
+            name = "decode" if span.start + t else "decode_first"
+            engine.copy_frame(latents, t, self._latent_frame)
             state = self._decoder.writes() | (self._decoder.reads() if name == "decode" else {})
-            self._run(name, {"latents": self._latent_frame, "frames": self._frames[name], **state})
+            frames = self._frames[name][t % 2]
+            self._run(name, {"latents": self._latent_frame, "frames": frames, **state})
             self._decoder.advance()
-            out.append(engine.read(self._frames[name]))
+            pending.append((engine.read_later(frames), frames.spec.shape[0]))
+        out = np.empty((sum(count for _, count in pending), *self.world.image_size, 3), np.uint8)
+        start = 0
+        for read, count in pending:
+            read.result(out[start : start + count])
+            start += count
             monitor.advance("decode")
-        return np.concatenate(out)
+        return out

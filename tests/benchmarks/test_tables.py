@@ -36,6 +36,14 @@ def test_several_patterns_keep_the_files_order() -> None:
     assert "| 12,000 us |" in lines[1]
 
 
+def test_short_times_are_in_milliseconds_and_one_value_has_no_spread() -> None:
+    row = {**ROW, "case": "engine.chunk", "unit": "s", "value": 0.1302, "min": 0.1291, "max": 0.1316, "floor": 0.058, "peer": "sglang", "peer_value": 0.455}
+    rows = [row, {**row, "value": 1.5, "n": 1, "peer": None}]
+    *_, short, long = tables.render({**RESULT, "rows": rows}, ["engine.*"]).splitlines()
+    assert short == "| `engine.chunk` | time | 130.2 ms | 129.1 to 131.6 | 50 | 58 ms | sglang: 455 ms |"
+    assert long == "| `engine.chunk` | time | 1.5 s |  | 1 | 0.058 s |  |"
+
+
 def test_a_pattern_that_finds_nothing() -> None:
     with pytest.raises(ValueError, match=r"no case matches engine\.\*; the file has block\.gdn\.bf16, gdn\.block\.3f\.bf16"):
         tables.render(RESULT, ["engine.*"])

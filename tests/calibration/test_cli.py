@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+import sanawm
 from sanawm.config import tiny_config
 from sanawm.errors import CheckpointError, InputError, UserError
 from sanawm.model.checkpoint.synth import synthesize
-from sanawm_calibration import store
+from sanawm_calibration import modelopt_cpu, store
 from sanawm_calibration.cli import calibrate
 from sanawm_calibration.errors import CalibrationError
 from sanawm_calibration.recipe import layer_table, load_recipe
@@ -79,3 +82,34 @@ def test_a_missing_gpu_is_said(checkpoint: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     error = error_of(invoke("--checkpoint", checkpoint, "-o", tmp_path / "cal.json", "--device", "cuda"))
     assert isinstance(error, InputError) and "--device cpu" in str(error)
+
+
+def test_statistics_need_no_modelopt(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing:
+        """An import system without modelopt."""
+
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name.partition(".")[0] == "modelopt":
+                raise ModuleNotFoundError(f"No module named '{name}'", name=name)
+
+    version = importlib.metadata.version
+
+    def installed(package: str) -> str:
+        if package == "nvidia-modelopt":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return version(package)
+
+    modelopt_cpu.load.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "modelopt"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    arguments = ("--checkpoint", checkpoint, "-o", tmp_path / "cal.json", "--clips", 1, "--chunks", 3, "--rows", 4)
+    # What does need it says so before the rollouts.
+    for option in (("--search",), ("--report", tmp_path / "report.html")):
+        assert "modelopt" in str(error_of(invoke(*arguments, *option)))
+        assert not any(tmp_path.iterdir())
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    versions = store.read(tmp_path / "cal.json").versions
+    assert set(versions) == {"sanawm", "torch"} and versions["sanawm"] == sanawm.__version__

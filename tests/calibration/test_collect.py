@@ -113,6 +113,11 @@ def test_values_that_are_not_finite_name_the_layer(world: WorldConfig, model: Sa
     broken.blocks[1].attn.proj.weight = torch.nn.Parameter(weight, requires_grad=False)
     with pytest.raises(CalibrationError, match=r"blocks\.1\.cross_attn\.q_linear: its input has an infinity or NaN at 1000 in clip clip-1"):
         collect.collect_clip(broken, inputs[0], world.stream, rows=8)
+    # Products of the prompt are evaluated before the first step.
+    text = inputs[0].text.clone()
+    text[0, 3, 5] = torch.inf
+    with pytest.raises(CalibrationError, match=r"blocks\.0\.cross_attn\.kv_linear: its input has an infinity or NaN at prompt in clip clip-1"):
+        collect.collect_clip(model, dataclasses.replace(inputs[0], text=text), world.stream, rows=8)
 
 
 def test_layers_that_were_not_exercised_are_named(world: WorldConfig, model: SanaWM, inputs: list[ClipInputs]) -> None:

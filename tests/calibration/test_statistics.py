@@ -14,17 +14,17 @@ from sanawm_calibration.statistics import Moments, SourceStatistics, merge, rest
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**31), st.floats(-3, 3), st.floats(0.01, 100))
-def test_moments_are_those_of_the_values(seed: int, mean: float, spread: float) -> None:
-    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)) * spread + mean
-    moments = Moments()
+@given(st.integers(0, 2**31), st.floats(-10, 10), st.floats(0.01, 100))
+def test_moments_are_those_of_the_values(seed: int, offset: float, spread: float) -> None:
+    x = (torch.randn(40, 32, generator=torch.Generator().manual_seed(seed)) + offset) * spread
+    moments = Moments.empty()
     for part in x.split(7):
-        moments.add(part)
+        moments.add(part, part.abs().amax())
     exact = x.double().flatten()
     centred = exact - exact.mean()
     assert moments.count == exact.numel() and moments.amax == float(x.abs().max())
     assert moments.rms == pytest.approx(float(exact.square().mean().sqrt()), rel=1e-6)
-    # Powers are summed in float64 from float32 cubes and squares; the fourth moment cancels against the mean's powers.
+    # Powers are summed in float64 from float32 products; the fourth moment is what is left of them, here as little as one part in 10^4.
     assert moments.kurtosis == pytest.approx(float((centred**4).mean() / centred.square().mean() ** 2), rel=2e-3)
 
 
@@ -32,12 +32,50 @@ def test_moments_are_those_of_the_values(seed: int, mean: float, spread: float) 
 @given(st.integers(0, 2**31), st.sampled_from([0.5, 0.9, 0.999, 0.9999]))
 def test_percentile_is_within_a_sixteenth_of_an_octave(seed: int, share: float) -> None:
     x = torch.randn(200, 100, generator=torch.Generator().manual_seed(seed)) ** 3
-    moments = Moments()
-    moments.add(x)
+    moments = Moments.empty()
+    moments.add(x, x.abs().amax())
     exact = float(x.abs().flatten().sort().values[math.ceil(share * x.numel()) - 1])
     # A bin is as wide as 1/16 of its lower edge.
     assert exact <= moments.percentile(share) * (1 + 1e-6)
     assert moments.percentile(share) <= exact * (1 + 1 / 16) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(50, 7), (33, 64), (20, 150)])
+def test_the_histogram_counts_every_magnitude(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) ** 5).to(dtype)
+    x[:, 2] = 0
+    x[4, 1], x[5, 1], x[6, 1] = 3e38, -1e-38, 1e-41
+    moments = Moments.empty()
+    for part in x.split(9):
+        moments.add(part, part.abs().amax())
+    # The definition: a magnitude's bin is its float32 exponent and four bits of its mantissa.
+    assert torch.equal(moments.histogram, torch.bincount(x.float().abs().flatten().view(torch.int32) >> 19, minlength=4096))
+
+
+def test_adding_never_waits_for_the_device() -> None:
+    # A tensor without data refuses whatever would wait on a GPU: reading a value, a size that depends on values, a copy to the CPU.
+    x = torch.empty(30, 48, dtype=torch.bfloat16, device="meta")
+    statistics = SourceStatistics(48, 8, 0, x.device)
+    for label in ("1000", "1000", "clean"):
+        assert statistics.add(x, label).shape == ()
+    assert statistics.rows.shape == (8, 48) and statistics.rows.is_meta
+    with pytest.raises(NotImplementedError, match="meta"):
+        statistics.tensors()
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_what_the_cpu_counts() -> None:
+    x = torch.randn(500, 2240, generator=torch.Generator().manual_seed(4)).mul_(3).bfloat16()
+    both = [SourceStatistics(2240, 16, 0, device) for device in ("cpu", "cuda")]
+    for part in x.split(170):
+        for statistics in both:
+            statistics.add(part.to(statistics.rows.device), "1000")
+    mine, theirs = (statistics.tensors() for statistics in both)
+    sums = {"channel_sum", "1000/powers"}
+    assert all(torch.equal(mine[name], theirs[name]) for name in set(mine) - sums)
+    # Float64 sums in another order.
+    assert all(torch.allclose(mine[name], theirs[name], rtol=1e-10, atol=1e-6) for name in sums)
 
 
 def test_merging_equals_one_pass() -> None:

@@ -18,10 +18,13 @@ from sanawm.config import tiny_config
 from sanawm.errors import UserError
 from sanawm.programs import Geometry
 from sanawm_export.cuda import cost
-from sanawm_export.cuda.bench import Bench, rows
+from sanawm_export.cuda.bench import Bench
+from sanawm_export.cuda.bench_operations import operations, step_times
+from sanawm_export.cuda.bench_rows import rows
 from sanawm_export.cuda.cli import plan
 from sanawm_export.cuda.formats import formats_for
 from sanawm_export.cuda.lower import dit_weights, lower_part_dit
+from sanawm_runtime.engines._cuda_plan import Launch
 from sanawm_runtime.engines.cuda import CudaEngine
 
 
@@ -39,7 +42,8 @@ def test_the_printed_plan_adds_up() -> None:
 def test_the_table_says_that_projections_are_not_measurements() -> None:
     result = CliRunner().invoke(plan, ["--config", "tiny", "--each"], catch_exceptions=False)
     assert "never measurements" in " ".join(result.output.split())
-    assert "blocks.3.camera.attend" in result.output
+    # One launch for both branches of a softmax block on Hopper.
+    assert "blocks.3.attend" in result.output and "blocks.3.camera.attend" not in result.output
 
 
 def test_unknown_programs_and_targets_are_refused() -> None:
@@ -56,8 +60,34 @@ def test_costs_follow_the_slower_of_arithmetic_and_traffic() -> None:
     assert cost.floor_us(heavy, gpu) == pytest.approx(1.0)
     light = replace(heavy, flops=1)
     assert cost.floor_us(light, gpu) == pytest.approx((light.read_bytes + light.write_bytes) / 4.8e6)
-    given = cost.Assumptions(0.5, 0.5, 2.0)
-    assert cost.step_us(heavy, gpu, given) == pytest.approx(2.0 * 1.0 + 2.0)
+    given = cost.Assumptions({"gemm.bf16": 0.5}, 0.25, 0.8, 2.0)
+    assert cost.operation_class(heavy) == "gemm.bf16"
+    assert cost.step_us(heavy, gpu, given) == pytest.approx(1.0 / 0.5 + 2.0)
+    assert cost.step_us(light, gpu, given) == pytest.approx(cost.floor_us(light, gpu) / 0.8 / 0.5 + 2.0)
+    other = next(s for s in steps if cost.operation_class(s) == "tokenwise" and not s.flops)
+    assert cost.step_us(other, gpu, given) == pytest.approx(cost.floor_us(other, gpu, 0.8) / 0.25 + 2.0)
+
+
+def test_shares_and_gaps_are_taken_from_rows() -> None:
+    def operation(case: str, kind: str, value: float, floor: float, launches: int) -> dict[str, object]:
+        return {"case": f"engine.{case}.bf16", "class": kind, "value": value, "floor": floor, "launches": launches}
+
+    rows = [
+        operation("denoise_steady.a", "gdn", 40.0, 10.0, 2), operation("commit_steady.a", "gdn", 60.0, 10.0, 2),
+        operation("denoise_steady.b", "copy", 20.0, 10.0, 1), {"case": "engine.chunk.bf16", "value": 330e-6},
+    ]  # fmt: skip
+    assert cost.achieved(rows) == {"copy": 0.5, "gdn": 0.2}
+    # Four steps of 60 us and a clean pass of 60 us, 14 launches.
+    assert cost.gap_us(rows, "bf16", 4) == pytest.approx(30 / 14)
+    assert cost.gap_us(rows, "fp8", 4) is None
+
+
+def test_the_assumed_shares_are_those_of_the_measured_rows() -> None:
+    result = Path(__file__).parents[2] / "benchmarks" / "results" / "h200-engine.json"
+    if not result.exists():
+        pytest.skip("there is no measured engine")
+    for name, share in cost.achieved(json.loads(result.read_text())["rows"]).items():
+        assert cost.ACHIEVED[name] == pytest.approx(share, abs=0.01), name
 
 
 def test_a_gpu_without_the_units_is_refused() -> None:
@@ -70,20 +100,41 @@ def test_a_gpu_without_the_units_is_refused() -> None:
 
 
 def test_bench_runs_every_chunk(tmp_path: Path) -> None:
-    """The calls of a whole clip are checked by the driver; the times of a driver that does nothing mean nothing."""
+    """The calls of a whole clip are checked by the driver, on which a millisecond passes from one timestamp to the next."""
     built = cuda_worlds.Built(tmp_path / "bundle", cuda_worlds.small_world())
     driver = built.driver()
     engine = CudaEngine(built.bundle, built.device(driver))
-    timed = Bench(built.bundle, 65, engine)  # 9 latent frames: 3 + 3 chunks of 2
-    times = timed.run()
-    assert [len(times.camera), len(times.denoise)] == [4, 4]
-    # One graph for each kind of chunk and set of state: first, second, and steady chunks that alternate.
-    steps = 4 * len(built.lowered["denoise_first"].plan.kernels())
-    assert len(driver.launches) > 4 * steps
+    timed = Bench(built.bundle, 81, engine, clips=2)  # 11 latent frames: 3 + 4 chunks of 2
+    timed.run()
+    times = timed.times
+    assert [len(times.camera), len(times.chunk), len(times.period), len(times.denoise)] == [5, 5, 4, 2]
+    assert times.chunk == pytest.approx([1e-3] * 5) and times.period == pytest.approx([3e-3] * 4)
     found = {row["case"]: row for row in rows(timed, cost.GPUS["h200"])}
-    assert found["engine.chunk.fp32"]["n"] == 2
-    assert found["engine.chunk.fp32"]["floor"] > 0
-    assert found["engine.denoise.65f.fp32"]["value"] >= found["engine.chunk.fp32"]["value"]
+    assert found["engine.chunk.fp32"]["floor"] > 0 and found["engine.period.fp32"]["n"] == 1
+    assert 0 < found["engine.denoise.81f.fp32"]["floor"] < found["engine.denoise.81f.fp32"]["value"]
+    assert found["engine.memory.fp32"]["value"] > 0
+    assert "engine.stream.81f.fp32" not in found
+    engine.close()
+
+
+def test_every_launch_is_timed_in_place(tmp_path: Path) -> None:
+    """A launch takes no time on this driver, whose timestamps are a millisecond apart: that is what is taken off again."""
+    built = cuda_worlds.Built(tmp_path / "bundle", cuda_worlds.small_world())
+    driver = built.driver()
+    engine = CudaEngine(built.bundle, built.device(driver))
+    timed = Bench(built.bundle, 65, engine, clips=1)
+    timed.run()
+    launched = len(driver.launches)
+    plan = built.lowered["denoise_second"].plan
+    times = step_times(engine, "denoise_second", timed.clip.bound(timed.chunks[1]), 3)
+    assert len(times) == len(plan.steps) and {len(values) for values in times} == {3}
+    assert len(driver.launches) - launched == 4 * sum(isinstance(step, Launch) for step in plan.steps)
+    assert max(map(max, times)) == pytest.approx(0.0)
+    found = operations(plan, [[2.0, 3.0, 4.0]] * len(plan.steps), cost.GPUS["h200"], frozenset({1}))
+    assert sum(operation.count for operation in found) == len(plan.steps)
+    assert sum(operation.us for operation in found) == 3.0 * len(plan.steps)
+    assert {operation.name.partition(".")[0] for operation in found} >= {"gdn", "softmax"}
+    del timed
     engine.close()
 
 

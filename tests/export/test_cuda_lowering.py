@@ -244,8 +244,10 @@ def test_the_full_model_costs_what_the_specification_counts() -> None:
     plan = lowered["denoise_steady"].plan
     assert sum(step.flops for step in plan.steps) == pytest.approx(14.59e12, rel=2e-3)
     assert sum(isinstance(step, Launch) for step in plan.steps) < 400
-    assert not any(isinstance(step, Copy) for step in plan.steps)
-    kept = {v.buffer for step in lowered["commit_steady"].plan.steps if isinstance(step, Copy) for v, written in step.views() if written}
+    # One descriptor reads the frame before the chunk and the chunk, so the carried frame is copied in front of it.
+    assert {step.label.partition(".")[2].partition(".")[2] for step in plan.steps if isinstance(step, Copy)} == {"temporal.tail"}
+    copies = [step for step in lowered["commit_steady"].plan.steps if isinstance(step, Copy)]
+    kept = {v.buffer for step in copies if not step.label.endswith("temporal.tail") for v, written in step.views() if written}
     # What a chunk leaves and no kernel can write in place: values of the five softmax blocks, the last FFN frame of each block.
     assert kept == {f"next.{i}.v" for i in (3, 7, 11, 15, 19)} | {f"next.{i}.ffn_tail" for i in range(20)}
     # Nothing of token size is float32 but what the epilogues and the scan keep.

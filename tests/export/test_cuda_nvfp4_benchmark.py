@@ -27,7 +27,7 @@ from sanawm_kernels.quant.interpreter import exact
 from sanawm_kernels.tokenwise.launch import launch
 from sanawm_runtime.engines._cuda_device import Gpu
 
-FP4, CONFIG = Operand("nvfp4"), default_config(0, "nvfp4")
+FP4, CONFIG = Operand("nvfp4"), default_config(0, "nvfp4", 64)
 ROWS = 42
 RESIDUAL = Finish(bias=True, frame_gate="bf16", residual=True, extra=True, quant="nvfp4")
 VARIANTS = {

@@ -131,6 +131,22 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Axes]] = {
         "kind": ["bf16", "fp32"], "target": [90], "frames": [1, 2], "height": [4, 6], "width": [4, 6], "channels": [64, 96], "out_channels": [48, 64],
         "mode": ["plain", "residual", "upsample"], "first": [False, True], "patch": [4],
     }),
+    "described_conv": (conv.described_conv, {
+        "kind": ["bf16", "fp32"], "frames": [1, 2], "height": [4, 6], "width": [4, 6], "channels": [64, 96], "out_channels": [48, 64],
+        "mode": ["plain", "residual", "upsample"], "first": [False, True], "patch": [4],
+        "tile": [conv.Config(128, 128, 32), conv.Config(128, 128, 32, splits=3)],
+    }),
+    "padded": (conv.padded, {
+        "kind": ["bf16", "fp32"], "frames": [1, 2], "height": [4, 6], "width": [4, 6], "channels": [64, 96], "first": [False, True],
+        "norm": [False, True],
+    }),
+    "padded_latent": (conv.padded_latent, {
+        "kind": ["bf16", "fp32"], "height": [4, 6], "width": [4, 6], "channels": [64, 96], "first": [False, True],
+    }),
+    "summed": (conv.summed, {
+        "kind": ["bf16", "fp32"], "rows": [256, 512], "out_channels": [48, 64], "splits": [3, 9], "residual": [False, True],
+    }),
+    "selection": (conv.selection, {"kind": ["bf16", "fp32"], "channels": [16, 64], "out_channels": [64, 96], "mode": ["residual", "upsample"]}),
     **{phase.__name__: (lambda phase=phase, **facts: phase(gdn.Problem(heads=2, head_dim=16, tokens=4, key_scale=0.1, **facts), 90), {
         "batch": [1, 2], "frames": [3, 4], "kind": ["bf16", "fp32"], "weight_kind": ["bf16", "fp32"], "gate_kind": ["bf16", "fp32"],
         "precision": ["bf16", "tf32", "ieee"], "has_state": [True, False], "commit": [True, False], "main": [True, False],

@@ -40,6 +40,7 @@ def report(variant: KernelVariant, target: int, texts: list[str]) -> dict[str, A
     return {
         "count": [ptx.count(t) for t in texts],
         "spills": code.stack_bytes,
+        "reason": variant.spill_reason,
         "registers": code.registers,
         "shared": int(built.metadata.shared),
     }

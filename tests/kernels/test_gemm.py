@@ -98,8 +98,8 @@ def test_epilogues(name: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("slices", [1, 2, 4])
-@pytest.mark.parametrize("persistent", [True, False])
-def test_tilings_agree(slices: int, persistent: bool) -> None:
+@pytest.mark.parametrize("persistent", [0, 1, 2])
+def test_tilings_agree(slices: int, persistent: int) -> None:
     """Every order of tiles and slices gives the same numbers bit by bit: a sum never depends on it."""
     x, weight, epilogue = rand(1, 70, 40), rand(200, 40), replace(EPILOGUES["silu"], bias=rand(200), squares=True)
     reference = fused.linear(x, weight, epilogue, config=Config(32, 64, 16, group=1, warps=4, stages=1))
@@ -107,6 +107,33 @@ def test_tilings_agree(slices: int, persistent: bool) -> None:
     assert reference.plain is not None and tiled.plain is not None and torch.equal(reference.plain, tiled.plain)
     assert tiled.squares is not None and tiled.squares.shape == (1, 70, -(-200 * slices // 64))
     close(tiled, naive.linear(x.double(), weight.double(), wide(epilogue)), 200)
+    described = fused.linear(x, weight, epilogue, config=Config(32, 64, 16, group=2, warps=4, stages=1, slices=slices, persistent=1, tma=True))
+    assert described.plain is not None and torch.equal(reference.plain, described.plain)
+    assert described.squares is not None and torch.equal(tiled.squares, described.squares)
+
+
+@pytest.mark.parametrize("name", [name for name in EPILOGUES if not EPILOGUES[name].glu])
+def test_descriptors(name: str) -> None:
+    """Operands by descriptor: depth and columns that no block divides, rows of a wider tensor."""
+    epilogue = EPILOGUES[name]
+    x, weight = rand(B, TOKENS, 40), rand(48, 40)
+    config = Config(32, 32, 16, group=2, warps=4, stages=1, slices=2, persistent=1, tma=True)
+    close(fused.linear(x, weight, epilogue, config=config), naive.linear(x.double(), weight.double(), wide(epilogue)), 200)
+
+
+@pytest.mark.parametrize("C", [32, 48, 16])
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("frames", [3, 1])
+def test_temporal_conv_with_descriptors(C: int, tail: bool, frames: int) -> None:
+    """Tiles that begin in the tail, span frames, and end in the last frame, whose last tap is left out."""
+    N = 40
+    s, weight = strided(1, frames * S, C), rand(N, 3 * C)
+    before = strided(1, S, C, seed=7) if tail else None
+    epilogue = Epilogue(add=rand(1, frames * S, N), frame_gate=rand(1, frames, N), residual=strided(1, frames * S, N))
+    config = Config(16, 32, 32, group=2, warps=4, stages=1, slices=2, persistent=2, tma=True)
+    actual = fused.temporal_conv(s, weight, frames, before, epilogue, config=config)
+    wanted = naive.temporal_conv(s.double(), weight.double(), frames, None if before is None else before.double(), wide(epilogue))
+    close(actual, wanted, 200)
 
 
 # A tile holds rows of several frames and batches; channels under, at and over the tile's depth.

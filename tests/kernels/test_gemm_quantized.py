@@ -186,9 +186,10 @@ def test_wrong_operands_are_refused() -> None:
 def test_table_chooses_only_what_it_can_explain() -> None:
     for target in (89, 90, 100, 120):
         for kind in ("bf16", "fp8", "nvfp4"):
-            fused_choice = table.choose(target, kind, 2640, 2240, 2240, plain=False)
+            # So many columns were measured nowhere.
+            fused_choice = table.choose(target, kind, 2640, 2048, 2240, plain=False)
             assert fused_choice.backend == "triton" and fused_choice.config is not None
-            plain = table.choose(target, kind, 2640, 2240, 2240, plain=True)
+            plain = table.choose(target, kind, 2640, 2048, 2240, plain=True)
             assert plain.backend == ("triton" if kind == "nvfp4" else "cublaslt")
             for choice in (fused_choice, plain):
                 assert choice.measured or choice.reason.startswith(table.UNMEASURED)
@@ -198,7 +199,7 @@ def test_table_chooses_only_what_it_can_explain() -> None:
 
 def test_measured_rows_win_over_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(rows: int, backend: table.Backend) -> table.Measured:
-        return table.Measured(90, "bf16", 2240, 2240, rows, False, backend, None, "2026-12-01", f"measured at {rows} rows")
+        return table.Measured(90, "bf16", 2240, 2240, rows, False, backend, "2026-12-01", f"measured at {rows} rows")
 
     monkeypatch.setattr(table, "MEASURED", (row(3520, "triton"), row(2640, "cublaslt")))
     assert table.choose(90, "bf16", 2640, 2240, 2240, plain=False).reason == "2026-12-01: measured at 2640 rows"
@@ -214,4 +215,3 @@ def test_rows_carry_a_date_and_a_reason() -> None:
     assert len(keys) == len(set(keys))
     for row in table.MEASURED:
         assert datetime.date.fromisoformat(row.date) and len(row.reason) > 10
-        assert (row.config is None) == (row.backend == "cublaslt")

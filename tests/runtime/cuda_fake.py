@@ -31,7 +31,7 @@ def index_entry(variant: Any, arch: str) -> dict[str, Any]:
         offset += size
     return {
         "name": variant.name, "file": f"{variant.name}.cubin", "entry": variant.kernel.rpartition(":")[2], "arch": arch, "arguments": arguments,
-        "hidden": ["global_scratch", "profile_scratch"], "parameters": parameters, "num_warps": variant.num_warps, "shared_bytes": 1024,
+        "hidden": ["global_scratch", "profile_scratch"], "parameters": parameters, "num_warps": variant.num_warps, "shared_bytes": 1024, "scratch_bytes": 0,
         "sha256": "0" * 64,
     }  # fmt: skip
 
@@ -45,7 +45,8 @@ class FakeDriver:
 
     CUresult = SimpleNamespace(CUDA_SUCCESS=0)
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=SimpleNamespace(value=1))
-    CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=SimpleNamespace(value=2))
+    CUevent_flags = SimpleNamespace(CU_EVENT_DEFAULT=SimpleNamespace(value=0), CU_EVENT_DISABLE_TIMING=SimpleNamespace(value=2))
+    CUevent_record_flags = SimpleNamespace(CU_EVENT_RECORD_DEFAULT=SimpleNamespace(value=0), CU_EVENT_RECORD_EXTERNAL=SimpleNamespace(value=1))
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_DEVICE=2)
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
@@ -64,6 +65,8 @@ class FakeDriver:
         self._pinned: dict[int, Any] = {}
         self._streams: dict[int, dict[int, int]] = {}  # handle -> vector clock
         self._events: dict[int, dict[int, int]] = {}
+        self._times: dict[int, float] = {}
+        self._time = 0.0
         self._functions: dict[int, dict[str, Any]] = {}
         self._shared: dict[int, int] = {}
         self._modules: dict[int, dict[str, Any]] = {}
@@ -118,6 +121,12 @@ class FakeDriver:
     def cuMemGetInfo(self) -> tuple[int, int, int]:
         used = sum(len(block) for block in self._memory.values())
         return 0, MEMORY_LIMIT - used, MEMORY_LIMIT
+
+    def cuDeviceGetName(self, length: int, device: int) -> tuple[int, bytes]:
+        return 0, b"Pretended GPU\0"
+
+    def cuDriverGetVersion(self) -> tuple[int, int]:
+        return 0, 13010
 
     def cuGetErrorName(self, code: int) -> tuple[int, bytes]:
         return 0, b"CUDA_ERROR_OUT_OF_MEMORY"
@@ -193,6 +202,20 @@ class FakeDriver:
         self._require(stream not in self._capturing, "an event was recorded during capture")
         self._events[event] = dict(self._streams[stream])
         return (0,)
+
+    def cuEventRecordWithFlags(self, event: int, stream: int, flags: int) -> tuple[int]:
+        """Time passes by one millisecond from one record to the next."""
+        self._require((flags == 1) == (stream in self._capturing), "an event was recorded with the flags of the other mode")
+
+        def action() -> None:
+            self._time += 1.0
+            self._times[event] = self._time
+
+        self._work(stream, "timestamp", [], action)
+        return (0,)
+
+    def cuEventElapsedTime(self, start: int, end: int) -> tuple[int, float]:
+        return 0, self._times[end] - self._times[start]
 
     def cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> tuple[int]:
         _merge(self._streams[stream], self._events[event])

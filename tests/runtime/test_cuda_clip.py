@@ -7,26 +7,37 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import cuda_fake
+import engine_bundle
+import engine_clip
+import engine_numerics
+import engine_short
 
-from sanawm.config import tiny_config
+from sanawm.config import preset, tiny_config
+from sanawm.programs import TensorSpec
 from sanawm_export.build import BuildRequest
-from sanawm_export.cuda import build
-from sanawm_export.cuda.bench import Bench, rows
+from sanawm_export.cuda import bench_endurance, build
+from sanawm_export.cuda.bench import RUNS, Bench
+from sanawm_export.cuda.bench_rows import all_operations, rows
+from sanawm_export.cuda.bench_timeline import draw
 from sanawm_export.cuda.cost import GPUS
-from sanawm_export.cuda.synthetic import SyntheticCheckpoint
+from sanawm_export.cuda.synthetic import SyntheticCheckpoint, synthetic_seed
 from sanawm_kernels.aot.spec import KernelVariant
 from sanawm_runtime import world as worlds
 from sanawm_runtime.engines._cuda_device import Gpu
 from sanawm_runtime.engines._cuda_plan import Launch, Plan
+from sanawm_runtime.engines._cuda_weights import contents, read_table
 from sanawm_runtime.engines.cuda import CudaEngine
 from sanawm_runtime.targets import resolve_target
 
@@ -44,6 +55,21 @@ def test_a_stream_starts_as_the_torch_models_say() -> None:
     assert max(found["errors"].values()) < 1e-5
     assert {"text_encoder text", "image_encoder latents", "prompt_kv keys.0", "prompt_kv values.1"} <= set(found["errors"])
     assert found["launches"] > 50
+
+
+def test_final_latents_equal_the_torch_sampler() -> None:
+    """benchmarks/engine_numerics.py: three chunks, encoders and two decoded latent frames, launch by launch by Triton's interpreter."""
+    script = Path(__file__).with_name("cuda_numerics_interpreted.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kinds"] == ["first", "second", "steady"]
+    parts = found["parts"]
+    # Float32 sums in another order.
+    assert max(*found["errors"], parts["text_encoder"], parts["image_encoder"]) < 1e-5
+    # A value in the middle between two levels may be rounded either way.
+    assert max(parts["decode_first"], parts["decode"]) < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +113,74 @@ def test_a_bundle_makes_a_clip_from_picture_and_prompt(bundle: Any, driver: cuda
     assert "cuDevicePrimaryCtxRelease" in driver.calls
 
 
-def test_a_benchmark_times_the_encoders(bundle: Any, driver: cuda_fake.FakeDriver) -> None:
+def test_a_benchmark_of_whole_clips(bundle: Any, driver: cuda_fake.FakeDriver, tmp_path: Path) -> None:
     """Of a driver that does nothing the times mean nothing; that there are some, with their floors, does."""
     engine = CudaEngine(bundle, Gpu(driver=driver))
-    timed = Bench(bundle, 49, engine)
+    timed = Bench(bundle, 121, engine, clips=1)
     timed.run()
     found = {row["case"]: row for row in rows(timed, GPUS["h200"])}
     for name in ("text_encoder", "image_encoder"):
         row = found[f"engine.{name}.bf16"]
-        assert row["n"] == 5 and row["floor"] > 0
+        assert row["n"] == RUNS and row["floor"] > 0
         assert name not in engine._programs
+    assert found["engine.first_frame.bf16"]["n"] == RUNS
+    assert found["engine.allocations.bf16"]["value"] == 0
+    assert found["engine.memory.growth.bf16"]["value"] == 0
+    endured = bench_endurance.run(timed, 11)
+    assert len(endured.period) == 10 and [state.chunks for state in endured.states] == [5, 10, 11]
+    found |= {row["case"]: row for row in bench_endurance.rows(endured, "bf16")}
+    assert found["engine.endurance.allocations.bf16"]["value"] == found["engine.endurance.growth.bf16"]["value"] == 0
+    assert {span.stage for span in timed.times.spans} == {"camera", "denoise", "decode", "copy"}
+    draw(tmp_path / "timeline.png", timed.times.spans, "nothing")
+    assert (tmp_path / "timeline.png").stat().st_size > 1000
+    names = {row["case"] for row in all_operations(timed, GPUS["h200"], 2)}
+    assert "engine.denoise_steady.gdn.merged.bf16" in names and any(name.startswith("engine.decode.conv.causal") for name in names)
+    del timed
     engine.close()
+
+
+def test_programs_are_timed_on_the_stream_that_they_run_on(bundle: Any, driver: cuda_fake.FakeDriver) -> None:
+    engine = CudaEngine(bundle, Gpu(driver=driver))
+    for name, entry in bundle.manifest.programs.items():
+        buffers = {t.name: engine.allocate(TensorSpec(t.name, t.dtype, t.shape)) for t in (*entry.inputs, *entry.outputs)}
+        launched = len(driver.launches)
+        engine.run(name, buffers)
+        assert {launch.stream for launch in driver.launches[launched:]} == {engine._streams[engine.stream_of(name)]}, name
+    del buffers
+    engine.close()
+
+
+def test_weights_in_files_are_of_the_same_checkpoint(bundle: Any, tmp_path: Path) -> None:
+    """benchmarks/engine_bundle.py: what a bundle with weights in files holds is what the one with a seed makes."""
+    written: dict[bytes, Path] = {}
+    found = [engine_bundle.stored(bundle, tmp_path / name, written) for name in ("one", "two")]
+    assert engine_numerics.common_seed([bundle, *found]) == 1
+    for name in (name for name in bundle.manifest.files if name.startswith("weights/")):
+        made, stored = (contents(read_table(source.read(name), name), source) for source in (bundle, found[1]))
+        assert all(a.name == b.name and np.array_equal(x, y) for (a, x), (b, y) in zip(made, stored, strict=True))
+        assert os.path.samefile(*(other.root / name.replace(".json", ".safetensors") for other in found))
+
+
+def test_only_bundles_of_one_synthetic_checkpoint_are_compared(bundle: Any) -> None:
+    assert synthetic_seed(SyntheticCheckpoint(preset("full"), 7).source) == 7  # type: ignore[arg-type]
+    other = replace(bundle.manifest, checkpoint=replace(bundle.manifest.checkpoint, source="synthetic:tiny:2"))
+    with pytest.raises(SystemExit, match="synthetic:tiny:1, synthetic:tiny:2"):
+        engine_numerics.common_seed([bundle, SimpleNamespace(manifest=other)])  # type: ignore[list-item]
+
+
+def test_a_short_run_refuses_frames_that_nobody_made(bundle: Any, driver: cuda_fake.FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/engine_short.py, on a driver that computes nothing: every call of a start and a chunk, and no result."""
+    with pytest.raises(SystemExit, match="chunk 0 of .* is not what a model makes"):
+        engine_short.run(bundle.root)
+    assert {launch.kernel.partition(".")[0] for launch in driver.launches} >= {"text", "image", "gemm", "conv"}
+
+
+def test_a_benchmark_of_clips_to_mp4(bundle: Any, driver: cuda_fake.FakeDriver, tmp_path: Path) -> None:
+    """The product's own path: every clip is a whole video, and later chunks allocate nothing."""
+    reports, found = engine_clip.warm(bundle.root, 97, tmp_path, 2)
+    assert [report["frames"] for report in reports] == [97, 97]
+    assert all(0 < report["start_s"] < report["first_frame_s"] < report["total_s"] for report in reports)
+    assert found["recipe"] == "bf16" and found["memory"]["used_bytes"] > 0
 
 
 def test_encoders_give_their_weights_back(bundle: Any, driver: cuda_fake.FakeDriver) -> None:

@@ -191,7 +191,7 @@ def _kernel(*types: str, **changes: Any) -> Kernel:
         offset += size
     entry = {
         "name": "k", "file": "k.cubin", "entry": "k", "arch": "sm_90", "arguments": arguments, "hidden": ["a", "b"], "parameters": parameters,
-        "num_warps": 4, "shared_bytes": 0, "sha256": "0" * 64, "registers": 32,
+        "num_warps": 4, "shared_bytes": 0, "scratch_bytes": 0, "sha256": "0" * 64, "registers": 32,
     }  # fmt: skip
     return read_index(json.dumps({"kernels": [{**entry, **changes}]}).encode(), "index")["k"]
 

@@ -11,9 +11,10 @@ from sanawm_export.cuda.projections import Merged
 from sanawm_export.cuda.tape import row_stride
 from sanawm_export.cuda.tokens import gate_logits
 from sanawm_kernels.attention import plans
-from sanawm_kernels.attention.table import tile
+from sanawm_kernels.attention.table import paired, tile
 from sanawm_kernels.gdn import plans as gdn
 from sanawm_kernels.gdn.workspace import scratch
+from sanawm_kernels.gemm.table import MULTIPROCESSORS
 from sanawm_kernels.tokenwise import block_plans
 from sanawm_runtime.engines._cuda_plan import View
 
@@ -81,7 +82,7 @@ def gdn_attention(
 _WRITTEN = {
     "prepare": ("keys", "q_scale", "k_scale"),
     "summarize": ("gram", "update", "column", "inflation"),
-    "combine": ("later", "later_z", "applied", "applied_scale", "applied_z"),
+    "combine": ("applied", "applied_scale", "applied_z"),
     "apply": (),
 }
 
@@ -132,10 +133,45 @@ def softmax_attention(
     }  # fmt: skip
     variant = block_plans.ucpe_heads(ctx.kind, ctx.kind, H, D, M, M, NORM_EPS, c.rms_clamp)
     tape.launch("ucpe", variant, bindings, ("q_out", "k_out", "v_out"))
-    own = ({"k": turned["k"], "v": v}, {"k": turned["cam_k"], "v": turned["cam_v"]})
-    main = _window(ctx, "main", turned["q"], [(p["k"], p["v"]) for p in past.chunks] + [(own[0]["k"], own[0]["v"])], c.main_scale).values
-    windows = [(p["cam_k"], p["cam_v"]) for p in past.chunks] + [(own[1]["k"], own[1]["v"])]
-    return main, _window(ctx, "camera", turned["cam_q"], windows, c.camera_scale, camera, f"{block}.out_cam")
+    windows = [(p["k"], p["v"]) for p in past.chunks] + [(turned["k"], v)]
+    cam_windows = [(p["cam_k"], p["cam_v"]) for p in past.chunks] + [(turned["cam_k"], turned["cam_v"])]
+    if paired(ctx.target, ctx.kind):
+        return _pair(ctx, turned["q"], windows, turned["cam_q"], cam_windows, camera, f"{block}.out_cam")
+    main = _window(ctx, "main", turned["q"], windows, c.main_scale).values
+    return main, _window(ctx, "camera", turned["cam_q"], cam_windows, c.camera_scale, camera, f"{block}.out_cam")
+
+
+def _pair(
+    ctx: Context, q: View, windows: list[tuple[View, View]], cam_q: View, cam_windows: list[tuple[View, View]], camera: dict[str, View], product: str
+) -> tuple[View, Rows]:
+    """Both branches in one launch; the camera's output is quantized for `product` where a tile can do that."""
+    c = ctx.config
+    M, H, D = q.shape[0], c.heads, c.head_dim
+    main = ctx.tensor("main", M, H * D)
+    done, out, fill, parameters = _outputs(ctx, "camera", M, H, D, product)
+    variant = plans.window_pair(ctx.kind, H, D, len(windows), tile("pair", ctx.target, ctx.kind), keep=out is not None, **parameters)
+    bindings: dict[str, Any] = {
+        "main_q": q, "main_q_row": row_stride(q), "camera_q": cam_q, "camera_q_row": row_stride(cam_q), "N": M,
+        "main_out": main, "camera_out": out, "main_scale": c.main_scale, "camera_scale": c.camera_scale,
+        "rays": camera["rays"], "cos": camera["cam_cos"], "sin": camera["cam_sin"], **fill,
+    }  # fmt: skip
+    keys = 0
+    for branch, segments in (("main", windows), ("camera", cam_windows)):
+        for i, pair in enumerate(segments):
+            for name, x in zip("kv", pair):
+                x = _rows(x, H * D)
+                bindings |= {f"{branch}_{name}{i}": x, f"{branch}_{name}{i}_row": row_stride(x), f"n{i}": x.shape[0]}
+            keys += bindings[f"n{i}"]
+    ctx.tape.launch(
+        "attend", variant, bindings, ("main_out", "camera_out", "codes", "scales"), flops=4 * M * keys * H * D, unit=ctx.kind,
+        SMS=MULTIPROCESSORS[ctx.target],
+    )  # fmt: skip
+    return main, replace(done, plain=out)
+
+
+def _rows(x: View, columns: int) -> View:
+    """Cached heads (1, n, H, D), or rows as they are, as rows."""
+    return x.reshape(x.shape[1], columns) if len(x.shape) == 4 else x
 
 
 def _window(
@@ -150,8 +186,8 @@ def _window(
     bindings: dict[str, Any] = {"q": q, "q_row": row_stride(q), "q_batch": M * row_stride(q), "out": out, "N": M, "softmax_scale": scale, **fill}
     keys = 0
     for i, (k, v) in enumerate(segments):
-        n = k.shape[1] if len(k.shape) == 4 else k.shape[0]
-        k, v = (x.reshape(n, H * D) if len(x.shape) == 4 else x for x in (k, v))
+        k, v = _rows(k, H * D), _rows(v, H * D)
+        n = k.shape[0]
         bindings |= {f"k{i}": k, f"k{i}_row": row_stride(k), f"k{i}_batch": n * row_stride(k)}
         bindings |= {f"v{i}": v, f"v{i}_row": row_stride(v), f"v{i}_batch": n * row_stride(v), f"n{i}": n}
         keys += n

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from sanawm.schedule import chunk_grid, first_chunk_frames, latent_frames
 from sanawm_export.cuda import arena, cost
 from sanawm_export.cuda.lower import lower_parts
 from sanawm_export.cuda.recipes import planned_formats
-from sanawm_runtime.bundle.manifest import utc_now
 from sanawm_runtime.engines._cuda_plan import Launch, Plan
 from sanawm_runtime.targets import resolve_target
 
@@ -72,9 +70,10 @@ def plan(
     )
     stdout.print(f"arena {chosen.arena / 1e6:.1f} MB (largest sum alive at one time {arena.peak(chosen) / 1e6:.1f} MB)")
     given = cost.Assumptions()
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in given.shares.items())
     stdout.print(
-        f"Projections for {frames} frames, denoising only, never measurements (assumed: products at {given.products:.0%} of peak, "
-        f"memory at {given.memory:.0%}, {given.gap_us:g} us between kernels):"
+        f"Projections for {frames} frames, denoising only, never measurements (assumed of every GPU as measured on an H200: operations at a share of "
+        f"their floor, {shares}; memory at {given.memory:.0%} of the data sheet; {given.gap_us:g} us more a launch):"
     )
     for key, seconds in projections.items():
         stdout.print(f"  {key}: {seconds:.1f} s")
@@ -83,12 +82,21 @@ def plan(
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--frames", default=961, show_default=True, help="Clip length 8k + 1.")
+@click.option("--clips", default=2, show_default=True, help="How often the whole clip is made.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random latents, text and maps.")
+@click.option("--operations", default=10, show_default=True, help="Runs in which every launch is timed; 0: none.")
+@click.option("--endurance", default=0, show_default=True, help="Chunks of a long stream, whose time and memory are watched; 0: none.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Result file to write.")
+@click.option("--timeline", type=click.Path(path_type=Path), help="PNG of what the streams do.")
 @json_option
-def bench(bundle: Path, frames: int, seed: int, out: Path | None, as_json: bool) -> None:
-    """Time a CUDA bundle on this machine's GPU, stage by stage, with random inputs."""
-    from sanawm_export.cuda.bench import Bench, rows
+def bench(
+    bundle: Path, frames: int, clips: int, seed: int, operations: int, endurance: int, out: Path | None, timeline: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    """Time a CUDA bundle on this machine's GPU, stage by stage and launch by launch, with random inputs."""
+    from sanawm_export.cuda import bench_endurance, bench_rows
+    from sanawm_export.cuda.bench import Bench
+    from sanawm_export.cuda.bench_operations import copy_bandwidth
+    from sanawm_export.cuda.bench_timeline import draw
     from sanawm_runtime.bundle import Bundle
     from sanawm_runtime.engines.cuda import CudaEngine
 
@@ -96,29 +104,36 @@ def bench(bundle: Path, frames: int, seed: int, out: Path | None, as_json: bool)
     if opened.manifest.target.engine != "cuda":
         raise UserError(f"{bundle} is for the {opened.manifest.target.engine} engine; build one with --engine cuda")
     engine = CudaEngine(opened)
-    device = engine.device
-    timed = Bench(opened, frames, engine, seed)
-    timed.run()
-    notes = f"bundle {opened.digest[:12]}, weights {opened.manifest.checkpoint.source}"
-    found = rows(timed, cost.GPUS.get(opened.manifest.target.name))
-    document: dict[str, Any] = {
-        "hardware": device.name, "driver": device.driver_version, "versions": opened.manifest.versions, "commit": None, "date": utc_now(),
-        "notes": notes, "rows": found,
-    }  # fmt: skip
-    engine.close()
+    try:
+        gpu = cost.GPUS.get(opened.manifest.target.name)
+        if gpu is not None:
+            gpu = bench_rows.measured_gpu(gpu, copy_bandwidth(engine.device))
+        timed = Bench(opened, frames, engine, seed, clips)
+        timed.run()
+        found = bench_rows.rows(timed, gpu)
+        if operations and gpu is not None:
+            found += bench_rows.all_operations(timed, gpu, operations)
+        document = bench_rows.document(timed, engine.device, found, gpu)
+        if endurance:
+            endured = bench_endurance.run(timed, endurance)
+            found += bench_endurance.rows(endured, opened.manifest.precision.recipe)
+            document["endurance_seconds"] = endured.period
+        del timed.clip
+    finally:
+        engine.close()
     if out is not None:
-        temporary = out.with_name(f".{out.name}.partial")
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-        temporary.replace(out)
+        bench_rows.write(out, document)
+    if timeline is not None and timed.times.spans:
+        draw(timeline, timed.times.spans, f"{document['hardware']}, {frames} frames, {opened.manifest.precision.recipe}")
     if as_json:
         print_json(document)
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("case", "ms", "min", "max", "n", "floor ms"):
+    for column in ("case", "value", "unit", "min", "max", "n", "floor"):
         table.add_column(column)
     for row in found:
-        times = [f"{row[key] * 1e3:.2f}" for key in ("value", "min", "max")]
-        table.add_row(row["case"], *times, str(row["n"]), "" if row["floor"] is None else f"{row['floor'] * 1e3:.2f}")
+        numbers = [*(f"{row[key]:.4g}" for key in ("min", "max")), str(row["n"]), "" if row["floor"] is None else f"{row['floor']:.4g}"]
+        table.add_row(row["case"], f"{row['value']:.4g}", row["unit"], *numbers)
     stdout.print(table)
 
 

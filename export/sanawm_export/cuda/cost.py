@@ -1,12 +1,14 @@
-"""Bounds of a plan and projections to other GPUs: arithmetic on the plan's bytes and FLOPs, never a measurement."""
+"""Bounds of a plan and projections to other GPUs: arithmetic on the plan's bytes and FLOPs, and on what was achieved on one GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 from sanawm.errors import UserError
-from sanawm_runtime.engines._cuda_plan import Plan, Step
+from sanawm_runtime.engines._cuda_plan import Copy, Plan, Step
 
 
 @dataclass(frozen=True)
@@ -36,36 +38,74 @@ GPUS = {
 }
 
 
+# Share of its floor that each class of operations reaches, in bf16 and FP8 together, with the floor from the data sheet's arithmetic and a copy's
+# bandwidth. From `benchmarks/engine_shares.py` on the rows of an H200, 2026-11-27; NVFP4 products have not been timed and are taken for FP8's.
+ACHIEVED: Mapping[str, float] = MappingProxyType({
+    "gemm.bf16": 0.62, "gemm.fp8": 0.49, "gemm.nvfp4": 0.49, "attention": 0.38, "gdn": 0.28, "tokenwise": 0.50, "conv": 0.31, "copy": 0.38, "chunk": 0.15,
+})  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Assumptions:
-    """What a projection takes for granted: the share of each peak that kernels reach, and the time between kernels of a graph.
+    """What a projection takes for granted of every GPU, because it was measured on an H200.
 
-    The defaults are assumptions, not measurements of this engine: large bf16 and FP8 products through a vendor library reach 0.7 to 0.8 of the
-    peak on an H200, and a device copy 0.89 of its memory's.
+    shares: of its floor that a class of operations reaches, `others` where it was not timed; memory: a copy's part of the data sheet's
+    bandwidth; gap_us: what a chunk takes beyond the sum of its launches, for each of them.
     """
 
-    products: float = 0.65
-    memory: float = 0.8
-    gap_us: float = 1.0
+    shares: Mapping[str, float] = field(default_factory=lambda: dict(ACHIEVED))
+    others: float = 0.3
+    memory: float = 0.87
+    gap_us: float = 2.4
+
+
+def operation_class(step: Step) -> str:
+    """The class of operations that a step belongs to: its kernel's family, and the units of a product."""
+    if isinstance(step, Copy):
+        return "copy"
+    family = step.kernel.partition(".")[0]
+    return f"gemm.{_units(step)}" if family == "gemm" else family
 
 
 def _units(step: Step) -> str:
     return step.unit or "bf16"
 
 
-def floor_us(step: Step, gpu: Gpu) -> float:
-    """The larger of the step's arithmetic at peak and its minimal traffic at peak, microseconds. Raises UserError for missing units."""
-    return step_us(step, gpu, Assumptions(1.0, 1.0, 0.0))
+def floor_us(step: Step, gpu: Gpu, memory: float = 1.0) -> float:
+    """The larger of the step's arithmetic at peak and its minimal traffic at `memory` of the peak, microseconds. Raises UserError for missing units."""
+    peak = gpu.tflops[_units(step)]
+    if step.flops and not peak:
+        raise UserError(f"{gpu.name} has no {_units(step)} units, which {step.label} needs; choose another GPU or precision")
+    arithmetic = step.flops / (peak * 1e6) if step.flops else 0.0
+    return max(arithmetic, (step.read_bytes + step.write_bytes) / (gpu.terabytes * memory * 1e6))
 
 
 def step_us(step: Step, gpu: Gpu, given: Assumptions) -> float:
     """Time of a step under assumptions, microseconds."""
-    peak = gpu.tflops[_units(step)]
-    if step.flops and not peak:
-        raise UserError(f"{gpu.name} has no {_units(step)} units, which {step.label} needs; choose another GPU or precision")
-    arithmetic = step.flops / (peak * given.products * 1e6) if step.flops else 0.0
-    traffic = (step.read_bytes + step.write_bytes) / (gpu.terabytes * given.memory * 1e6)
-    return max(arithmetic, traffic) + given.gap_us
+    return floor_us(step, gpu, given.memory) / given.shares.get(operation_class(step), given.others) + given.gap_us
+
+
+def achieved(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Share of its floor that each class of operations reached, from the rows that `bench` writes for them."""
+    sums: dict[str, list[float]] = {}
+    for row in rows:
+        if "class" in row:
+            both = sums.setdefault(row["class"], [0.0, 0.0])
+            both[0] += row["floor"]
+            both[1] += row["value"]
+    return {name: floor / value for name, (floor, value) in sorted(sums.items()) if value}
+
+
+def gap_us(rows: Iterable[Mapping[str, Any]], recipe: str, steps: int) -> float | None:
+    """What a chunk of `steps` denoising steps takes beyond the sum of its launches, for each of them; None where that was not measured."""
+    by_case = {row["case"]: row for row in rows}
+    chunk = by_case.get(f"engine.chunk.{recipe}")
+    total = count = 0.0
+    for case, row in by_case.items():
+        for program, times in (("denoise_steady", steps), ("commit_steady", 1)):
+            if case.startswith(f"engine.{program}.") and case.endswith(f".{recipe}"):
+                total, count = total + times * row["value"], count + times * row["launches"]
+    return (chunk["value"] * 1e6 - total) / count if chunk is not None and count else None
 
 
 @dataclass(frozen=True)
@@ -99,13 +139,17 @@ def clip_seconds(plans: Mapping[str, Plan], gpu: Gpu, chunks: int, steps: int, g
     return total / 1e6
 
 
+def operation_name(label: str) -> str:
+    """A step's label without the number of its block."""
+    parts = label.split(".")
+    return ".".join(parts[2:]) if parts[0] in ("blocks", "layers") and len(parts) > 2 else label
+
+
 def by_operation(steps: Iterable[Step], gpu: Gpu) -> list[tuple[str, int, int, int, float]]:
     """(operation, count, bytes, FLOPs, floor in microseconds) summed over blocks, the costliest first."""
     rows: dict[str, list[float]] = {}
     for step in steps:
-        parts = step.label.split(".")
-        name = ".".join(parts[2:]) if parts[0] == "blocks" and len(parts) > 2 else step.label
-        row = rows.setdefault(name, [0, 0, 0, 0.0])
+        row = rows.setdefault(operation_name(step.label), [0, 0, 0, 0.0])
         for i, value in enumerate((1, step.read_bytes + step.write_bytes, step.flops, floor_us(step, gpu))):
             row[i] += value
     return sorted(((n, int(r[0]), int(r[1]), int(r[2]), r[3]) for n, r in rows.items()), key=lambda row: -row[4])

@@ -7,14 +7,16 @@ Shapes: T frames, H rows, W columns, M = T*H*W pixels, C channels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sanawm.programs import Program
 from sanawm.vae_state import DecoderConv, decoder_convs
 from sanawm_export.cuda.tape import Lowered, Tape
 from sanawm_export.cuda.vae_weights import DecoderWeights
+from sanawm_kernels.aot.spec import KernelVariant
 from sanawm_kernels.conv import plans
 from sanawm_kernels.conv.plans import Mode
+from sanawm_kernels.gemm.table import MULTIPROCESSORS
 from sanawm_runtime.engines._cuda_plan import TRITON_TYPES, View, dense
 
 
@@ -34,10 +36,14 @@ class Frames:
 
 def lower_decode(program: Program, weights: DecoderWeights, target: int) -> Lowered:
     """One latent frame to pixels for compute capability `target`: one at the start of a clip, then eight."""
-    return _Decoder(program, weights, target).lower()
+    channels = (conv.in_channels for conv in decoder_convs(weights.config))
+    described = plans.described(TRITON_TYPES[weights.dtype], target, channels)
+    return (_DescribedDecoder if described else _Decoder)(program, weights, target).lower()
 
 
 class _Decoder:
+    """Convolutions that compute the address of every pixel: frames follow each other, as pixels do."""
+
     def __init__(self, program: Program, weights: DecoderWeights, target: int) -> None:
         self.tape, self.weights, self.target = Tape(program), weights, target
         self.kind = TRITON_TYPES[weights.dtype]
@@ -111,11 +117,84 @@ class _Decoder:
 
     def _result(self, name: str, x: Frames, channels: int, mode: Mode) -> Frames:
         if mode == "pixels":
-            frames = self.tape.output("frames")
-            return Frames(frames.reshape(math.prod(frames.shape) // 3, 3), x.count, frames.shape[1], frames.shape[2])
+            return self._images(x)
         if mode == "upsample":
             count, channels = 2 * x.count - self.first, channels // 8
             height, width = 2 * x.height, 2 * x.width
         else:
             count, height, width = x.count, x.height, x.width
         return Frames(self.tape.tensor(name, (count * height * width, channels), self.weights.dtype), count, height, width)
+
+    def _images(self, x: Frames) -> Frames:
+        frames = self.tape.output("frames")
+        return Frames(frames.reshape(math.prod(frames.shape) // 3, 3), x.count, frames.shape[1], frames.shape[2])
+
+
+class _DescribedDecoder(_Decoder):
+    """Convolutions with descriptors: each takes padded frames from a launch of its own, and leaves its rows apart as far as those are.
+
+    That launch writes the state too, and normalises what is to be normalised. Pixels of results are views (T, H, W, C).
+    """
+
+    def __init__(self, program: Program, weights: DecoderWeights, target: int) -> None:
+        super().__init__(program, weights, target)
+        self.selections: dict[tuple[Mode, int, int], View] = {}
+
+    def _normalised(self, conv: str, x: Frames) -> Frames:
+        C = x.pixels.shape[-1]
+        return self._padded(conv, x, plans.padded(self.kind, x.count, x.height, x.width, C, self.first, True), f"{conv}.norm")
+
+    def _padded(self, conv: str, x: Frames, variant: KernelVariant, label: str) -> Frames:
+        """`x` as a convolution takes it, (T + 2, H + 2, W + 2, C)."""
+        out = self.tape.tensor(f"{conv}.input", ((x.count + 2) * (x.height + 2) * (x.width + 2), x.pixels.shape[-1]), self.weights.dtype)
+        bindings = {"x": x.pixels, "past": None if self.first else self._state("past", conv), "out": out, "state": self._state("next", conv)}
+        self.tape.launch(label, variant, bindings, ("out", "state"))
+        return Frames(out, x.count, x.height, x.width)
+
+    def _conv(self, name: str, x: Frames, mode: Mode, residual: Frames | None = None) -> Frames:
+        conv: DecoderConv = self.convs[name]
+        T, H, W, C, N = x.count, x.height, x.width, conv.in_channels, conv.out_channels
+        skip = None if residual is None else residual.pixels
+        if name == "conv_in":
+            x = self._padded(name, x, plans.padded_latent(self.kind, H, W, C, self.first), f"{name}.padded")
+        elif mode == "upsample":
+            skip = x.pixels
+            x = self._padded(name, x, plans.padded(self.kind, T, H, W, C, self.first, False), f"{name}.padded")
+        tile = plans.config(self.kind, self.target, C, N, mode)
+        parts, rows = tile.splits > 1, T * plans.frame_stride(H, W)
+        bias = self._weight(f"{name}.bias")
+        result = self._result(name, x, N, mode)
+        out = self._pitched(f"{name}.parts", tile.splits * T, H, W, N, "float32") if parts else result.pixels
+        bindings = {
+            "x": x.pixels, "weight": self._weight(f"{name}.weight"), "bias": bias, "skip": skip, "out": out,
+            "select": None if skip is None or parts else self._selection(mode, C, N),
+        }  # fmt: skip
+        variant = plans.described_conv(self.kind, T, H, W, C, N, mode, self.first, tile, self.weights.config.patch)
+        flops = 2 * T * H * W * N * 27 * C
+        self.tape.launch(name, variant, bindings, ("out",), flops=flops, unit=self.kind, SMS=MULTIPROCESSORS[self.target])
+        if parts:
+            bindings = {"parts": out, "bias": bias, "residual": skip, "out": result.pixels}
+            self.tape.launch(f"{name}.sum", plans.summed(self.kind, rows, N, tile.splits, skip is not None), bindings, ("out",))
+        return result
+
+    def _selection(self, mode: Mode, channels: int, made: int) -> View:
+        """The matrix that picks what a convolution adds, made once."""
+        key = (mode, channels, made)
+        if key not in self.selections:
+            self.selections[key] = self.tape.tensor(f"{mode}.c{channels}.selection", (made, channels), self.weights.dtype)
+            self.tape.launch(f"{mode}.c{channels}", plans.selection(self.kind, channels, made, mode), {"out": self.selections[key]}, ("out",))
+        return self.selections[key]
+
+    def _result(self, name: str, x: Frames, channels: int, mode: Mode) -> Frames:
+        if mode == "pixels":
+            return self._images(x)
+        count, height, width = x.count, x.height, x.width
+        if mode == "upsample":
+            count, height, width, channels = 2 * count - self.first, 2 * height, 2 * width, channels // 8
+        return Frames(self._pitched(name, count, height, width, channels, self.weights.dtype), count, height, width)
+
+    def _pitched(self, name: str, count: int, height: int, width: int, channels: int, dtype: str) -> View:
+        """The pixels of a new tensor of frames whose rows are two pixels apart."""
+        stride = plans.frame_stride(height, width)
+        whole = self.tape.tensor(name, (count * stride, channels), dtype)
+        return replace(whole, shape=(count, height, width, channels), strides=(stride * channels, (width + 2) * channels, channels, 1))

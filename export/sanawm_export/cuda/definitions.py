@@ -110,6 +110,17 @@ def window_attention(a: Arguments, c: Arguments) -> None:
     _store(a, *attention.window_attention(_heads(a["q"], c), segments, a["softmax_scale"], ucpe=ucpe, quantize=_request(a, c)))
 
 
+def window_pair(a: Arguments, c: Arguments) -> None:
+    def branch(name: str) -> list[Segment]:
+        return [Segment(_heads(a[f"{name}_k{i}"], c), _heads(a[f"{name}_v{i}"], c)) for i in range(3) if f"{name}_k{i}" in a]
+
+    ucpe = InverseUCPE(a["rays"], a["cos"], a["sin"])
+    main = attention.window_attention(_heads(a["main_q"], c), branch("main"), a["main_scale"])
+    _store({"out": a["main_out"]}, *main)
+    camera = attention.window_attention(_heads(a["camera_q"], c), branch("camera"), a["camera_scale"], ucpe=ucpe, quantize=_request(a, c))
+    _store({**a, **({"out": a["camera_out"]} if "camera_out" in a else {})}, *camera)
+
+
 def cross_attention(a: Arguments, c: Arguments) -> None:
     k, v, mask = _heads(a["k"], c), _heads(a["v"], c), a["mask"].bool()
     if "squares" in a:  # what the product measured must be what the definition would measure
@@ -144,7 +155,7 @@ def block_gdn(a: Arguments, c: Arguments) -> None:
 def _dequantized(values: Tensor, a: Arguments, operand: str, c: Arguments) -> Tensor:
     """An operand of a product in at least float32."""
     scale = a.get(f"{operand}_scale")
-    if c["FP4"]:
+    if c.get("FP4"):
         assert scale is not None
         return Nvfp4Tensor(values, a[f"{operand}_scales"], scale.reshape(())).dequantize()
     result = wide(values) if values.dtype != torch.float8_e4m3fn else values.float()
@@ -190,6 +201,8 @@ def temporal_conv(a: Arguments, c: Arguments) -> None:
     weight = _dequantized(a["b"], a, "b", c)
     S, zero = c["FRAME"], torch.zeros_like(x[: c["FRAME"]])
     before = zero
+    if c.get("TAIL"):
+        before, x = x[:S], x[S:]
     if "tail" in a:
         before = _dequantized(a["tail"], {**a, "a_scales": a.get("tail_scales")}, "a", c)
     shifted = torch.cat((torch.cat((before, x[:-S])), x, torch.cat((x[S:], zero))), 1)
@@ -242,6 +255,36 @@ def causal_conv(a: Arguments, c: Arguments) -> None:
     a["out"].copy_(y.reshape(a["out"].shape))
 
 
+def padded_frames(a: Arguments, c: Arguments) -> None:
+    x = a["x"].reshape(c["T"], c["H"], c["W"], c["C"])
+    past = a["past"].reshape(2, *x.shape[1:]) if "past" in a else None
+    out = conv.padded(conv.norm_silu(x) if c["NORM"] else x, past)
+    a["out"].copy_(out.reshape(a["out"].shape))
+    a["state"].copy_(out[-2:, 1:-1, 1:-1].reshape(a["state"].shape))
+
+
+def described_conv(a: Arguments, c: Arguments) -> None:
+    T, H, W = c["T"], c["H"], c["W"]
+    y = conv.padded_conv(a["x"].reshape(T + 2, H + 2, W + 2, -1), a["weight"], a.get("bias"))
+    if c["MODE"] == MODES["upsample"]:
+        y = conv.upsampled(y, a["skip"], c["FIRST"])
+    elif c["MODE"] == MODES["pixels"]:
+        y = conv.pixels(y.to(a["x"].dtype), c["PATCH"]).reshape(a["out"].shape)
+    elif "skip" in a:
+        y = y + wide(a["skip"])
+    # All in the first part of several.
+    a["out"].zero_()[: len(y)] = y
+
+
+def summed_parts(a: Arguments, c: Arguments) -> None:
+    y = a["parts"].unflatten(0, (c["SPLITS"], -1)).sum(0) + wide(a["bias"])
+    a["out"].copy_(y + wide(a["residual"]) if "residual" in a else y)
+
+
+def selection(a: Arguments, c: Arguments) -> None:
+    a["out"].copy_(conv.selection(c["N"], c["C"], c["UPSAMPLE"]))
+
+
 DEFINITIONS: Mapping[str, Callable[[Arguments, Arguments], None]] = {
     "sanawm_kernels.tokenwise.rows:update_rows": update_rows,
     "sanawm_kernels.tokenwise.rows:norm_rows": norm_rows,
@@ -250,10 +293,13 @@ DEFINITIONS: Mapping[str, Callable[[Arguments, Arguments], None]] = {
     "sanawm_kernels.tokenwise.heads:rope_heads": rope_heads,
     "sanawm_kernels.tokenwise.heads:ucpe_heads": ucpe_heads,
     "sanawm_kernels.attention.kernels:window_attention": window_attention,
-    "sanawm_kernels.attention.kernels:cross_attention": cross_attention,
+    "sanawm_kernels.attention.pair:window_pair": window_pair,
+    "sanawm_kernels.attention.cross:cross_attention": cross_attention,
     "sanawm_kernels.gdn.apply:apply": block_gdn,
     "sanawm_kernels.gemm.kernels:gemm": gemm,
     "sanawm_kernels.gemm.kernels:temporal_conv": temporal_conv,
+    "sanawm_kernels.gemm.tma:gemm": gemm,
+    "sanawm_kernels.gemm.tma:temporal_conv": temporal_conv,
     "sanawm_kernels.chunk.kernels:transpose": transpose,
     "sanawm_kernels.chunk.kernels:modulation_rows": modulation_rows,
     "sanawm_kernels.chunk.kernels:ray_matrices": ray_matrices,
@@ -262,5 +308,9 @@ DEFINITIONS: Mapping[str, Callable[[Arguments, Arguments], None]] = {
     "sanawm_kernels.conv.kernels:latent_rows": latent_rows,
     "sanawm_kernels.conv.kernels:norm_silu": norm_silu,
     "sanawm_kernels.conv.kernels:causal_conv": causal_conv,
+    "sanawm_kernels.conv.tma:causal_conv": described_conv,
+    "sanawm_kernels.conv.frames:padded": padded_frames,
+    "sanawm_kernels.conv.frames:summed": summed_parts,
+    "sanawm_kernels.conv.frames:selection": selection,
     **encoder_definitions.DEFINITIONS,
 }

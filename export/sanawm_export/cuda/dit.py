@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sanawm.programs import Program
 from sanawm_export.cuda.attention import Past, cross_attention, gdn_attention, softmax_attention
 from sanawm_export.cuda.context import Context, Rows
-from sanawm_export.cuda.products import product, temporal_product
+from sanawm_export.cuda.products import product, temporal_head, temporal_product
 from sanawm_export.cuda.projections import project
 from sanawm_export.cuda.tape import Lowered, Tape, row_stride
 from sanawm_export.cuda.tokens import depthwise_glu, modulate
@@ -127,10 +127,11 @@ def _block(
     u = modulate(ctx, "modulate2", x, shift2, scale2, f"{name}.inverted")
     inner = product(ctx, "inverted", f"{name}.inverted", u, silu=True).values
     mixed = depthwise_glu(ctx, "depthwise", inner, name, T, f"{name}.point")
-    spatial = product(ctx, "point", f"{name}.point", mixed, quantize_for=None if last else f"{name}.temporal")
+    tail = Rows(past.last["ffn_tail"].reshape(S, c.hidden)) if past.last and not last else None
+    head = temporal_head(ctx, f"{name}.temporal", c.hidden, S) if tail is not None else 0
+    spatial = product(ctx, "point", f"{name}.point", mixed, quantize_for=None if last else f"{name}.temporal", head=head)
     if new is not None:
         ctx.tape.copy("ffn_tail", spatial.values.narrow(0, (T - 1) * S, S), new["ffn_tail"].reshape(S, c.hidden))
     if last:
         return spatial.values
-    tail = Rows(past.last["ffn_tail"].reshape(S, c.hidden)) if past.last else None
     return temporal_product(ctx, "temporal", f"{name}.temporal", spatial, tail, S, add=spatial.values, frame_gate=gate2, residual=x)

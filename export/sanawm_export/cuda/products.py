@@ -11,7 +11,7 @@ from sanawm_export.cuda.formats import Format
 from sanawm_export.cuda.tape import row_stride
 from sanawm_kernels.gemm import plans
 from sanawm_kernels.gemm.plans import Finish, Operand
-from sanawm_kernels.gemm.table import default_config
+from sanawm_kernels.gemm.table import MULTIPROCESSORS, default_config
 from sanawm_kernels.tokenwise import plans as rows
 from sanawm_kernels.tokenwise.plans import NATIVE_FP4
 from sanawm_runtime.engines._cuda_plan import View
@@ -22,14 +22,21 @@ def operand_of(quant: str | None, kind: str) -> Operand:
     return {None: Operand(kind), "fp8": Operand("fp8"), "fp8_rows": Operand("fp8", row_scales=True), "nvfp4": Operand("nvfp4")}[quant]
 
 
-def quantized_rows(ctx: Context, name: str, M: int, K: int, product: str) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
-    """Tensors for rows quantized as `product` takes them, the kernel arguments that fill them, and the plan's parameters."""
+def quantized_rows(
+    ctx: Context, name: str, M: int, K: int, product: str, head: int = 0, codes: View | None = None
+) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
+    """Tensors for rows quantized as `product` takes them, the kernel arguments that fill them, and the plan's parameters.
+
+    `head` leaves room for that many rows before the codes; given `codes` are filled instead of new ones.
+    """
     layout = ctx.weights.formats.of(product)
     quant = layout.quant
     if quant is None:
         return Rows(None), {}, {"quant": None}
     native = {"quant": quant, "native": ctx.target >= NATIVE_FP4}
-    codes = ctx.tensor(f"{name}.codes", M, K // 2 if quant == "nvfp4" else K, dtype="uint8" if quant == "nvfp4" else "float8_e4m3fn")
+    if codes is None:
+        width, dtype = (K // 2, "uint8") if quant == "nvfp4" else (K, "float8_e4m3fn")
+        codes = ctx.tensor(f"{name}.codes", head + M, width, dtype=dtype).narrow(0, head, M)
     scales = scale = None
     if quant == "fp8_rows":
         scales = ctx.tensor(f"{name}.scales", M, dtype="float32")
@@ -40,10 +47,10 @@ def quantized_rows(ctx: Context, name: str, M: int, K: int, product: str) -> tup
     return Rows(None, quant, codes, scales, scale), {"codes": codes, "scales": scales, "quant_scale": scale}, native
 
 
-def quantize(ctx: Context, label: str, x: View, product: str) -> Rows:
-    """Rows in the form that `product` takes: as they are, or with a launch that quantizes them."""
+def quantize(ctx: Context, label: str, x: View, product: str, head: int = 0, codes: View | None = None) -> Rows:
+    """Rows in the form that `product` takes: as they are, or with a launch that quantizes them; see `quantized_rows`."""
     M, K = x.shape
-    done, arguments, parameters = quantized_rows(ctx, f"{label}.input", M, K, product)
+    done, arguments, parameters = quantized_rows(ctx, f"{label}.input", M, K, product, head, codes)
     if done.quant is None:
         return Rows(x)
     variant = rows.update_rows(ctx.kind, K, M, keep=False, **parameters)
@@ -51,11 +58,11 @@ def quantize(ctx: Context, label: str, x: View, product: str) -> Rows:
     return Rows(x, done.quant, done.codes, done.scales, done.scale)
 
 
-def as_operand(ctx: Context, label: str, x: Rows, product: str) -> Rows:
+def as_operand(ctx: Context, label: str, x: Rows, product: str, head: int = 0) -> Rows:
     """`x` in the form that `product` takes, quantized by a launch of its own where the kernel before could not."""
     if ctx.weights.formats.of(product).quant == x.quant:
         return x
-    return quantize(ctx, label, x.values, product)
+    return quantize(ctx, label, x.values, product, head)
 
 
 class Forms:
@@ -117,7 +124,7 @@ def _finish_arguments(finish: Mapping[str, View]) -> dict[str, Any]:
 
 def parts_of_squares(ctx: Context, name: str, columns: int) -> int:
     """Partial sums of squares a row that the product's epilogue writes."""
-    config = default_config(ctx.target, _unit(ctx, name))
+    config = default_config(ctx.target, _unit(ctx, name), columns)
     return math.ceil(columns / (config.columns // config.slices))
 
 
@@ -134,13 +141,14 @@ def product(
     quantize_for: str | None = None,
     keep: bool = True,
     tokens: int = 1,
+    head: int = 0,
     **operands: View,
 ) -> Rows:
     """x @ weight^T with the weight `name`, its bias if it has one, and an epilogue.
 
     `operands` are the epilogue's (add, gate, frame_gate, residual, extra), (M, columns) each or (frames, columns) for frame_gate, whose rows
     serve `tokens` rows. `quantize_for` names the product that reads the result next: where a tile can, the epilogue quantizes for it, and with
-    `keep` false stores nothing else. `rows_of` takes some of the weight's rows.
+    `keep` false stores nothing else. `rows_of` takes some of the weight's rows. `head` leaves room for that many rows before the result.
     """
     x = as_operand(ctx, label, x, name)
     b = _b_arguments(ctx, name, rows_of)
@@ -149,9 +157,9 @@ def product(
     bias = ctx.weight(f"{name}.bias") if ctx.has(f"{name}.bias") else None
     if bias is not None and rows_of is not None:
         bias = bias.narrow(0, rows_of.start, columns)
-    done, fill, parameters = tile_quantization(ctx, label, M, columns, quantize_for)
+    done, fill, parameters = tile_quantization(ctx, label, M, columns, quantize_for, head)
     stored = keep or done.quant is None
-    result = (ctx.tensor(label, M, columns) if out is None else out) if stored else None
+    result = (ctx.tensor(label, head + M, columns).narrow(0, head, M) if out is None else out) if stored else None
     frame_gate = operands.get("frame_gate")
     finish = Finish(
         out=ctx.kind, keep=stored, bias=bias is not None, silu=silu, add="add" in operands, gate="gate" in operands,
@@ -159,14 +167,16 @@ def product(
         weight=ctx.kind, **parameters,
     )  # fmt: skip
     unit = _unit(ctx, name)
-    variant = plans.gemm(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), columns, depth, tokens, finish, default_config(ctx.target, unit))
+    config = default_config(ctx.target, unit, columns)
+    variant = plans.gemm(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), columns, depth, tokens, finish, config)
     bindings = {**_a_arguments(x), **b, "bias": bias, **_finish_arguments(operands), "out": result, "squares": squares, **fill, "M": M}
-    ctx.tape.launch(label, variant, bindings, ("out", "codes", "scales", "squares"), flops=2 * M * columns * depth, unit=unit)
+    written = ("out", "codes", "scales", "squares")
+    ctx.tape.launch(label, variant, bindings, written, flops=2 * M * columns * depth, unit=unit, **_sizes(config, ctx.target))
     return Rows(result, done.quant, done.codes, done.scales, done.scale)
 
 
 def tile_quantization(
-    ctx: Context, label: str, M: int, columns: int, quantize_for: str | None
+    ctx: Context, label: str, M: int, columns: int, quantize_for: str | None, head: int = 0
 ) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
     """`quantized_rows` by a kernel whose programs see parts of a row.
 
@@ -174,26 +184,46 @@ def tile_quantization(
     """
     if quantize_for is None or ctx.weights.formats.of(quantize_for).quant in (None, "fp8_rows"):
         return Rows(None), {}, {}
-    return quantized_rows(ctx, label, M, columns, quantize_for)
+    return quantized_rows(ctx, label, M, columns, quantize_for, head)
+
+
+def temporal_head(ctx: Context, name: str, columns: int, frame: int) -> int:
+    """Rows that the temporal product `name` wants free before its operand, for the frame that comes before it."""
+    return frame if default_config(ctx.target, _unit(ctx, name), columns).tma else 0
 
 
 def temporal_product(
     ctx: Context, label: str, name: str, x: Rows, tail: Rows | None, frame: int, *, add: View, frame_gate: View, residual: View
 ) -> View:
-    """The FFN's temporal convolution with what follows it: residual + frame_gate * (add + conv(x)); x (M, C), `frame` tokens a frame."""
-    x = as_operand(ctx, label, x, name)
-    M, C = (x.plain or x.codes).shape[0], add.shape[1]  # type: ignore[union-attr]
+    """The FFN's temporal convolution with what follows it: residual + frame_gate * (add + conv(x)); x (M, C), `frame` tokens a frame.
+
+    Where there is a tail, x has `temporal_head` rows free before it.
+    """
+    M, C = add.shape
+    head = temporal_head(ctx, name, C, frame) if tail is not None else 0
+    x = as_operand(ctx, label, x, name, head)
     b = _b_arguments(ctx, name, None)
     finish = Finish(out=ctx.kind, add=True, frame_gate=ctx.kind, residual=True, weight=ctx.kind)
     unit = _unit(ctx, name)
-    variant = plans.temporal_conv(
-        operand_of(x.quant, ctx.kind), _b_operand(ctx, name), C, C, frame, M, tail is not None, finish, default_config(ctx.target, unit)
-    )
+    config = default_config(ctx.target, unit, C)
+    variant = plans.temporal_conv(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), C, C, frame, M, tail is not None, finish, config)
     out = ctx.tensor(label, M, C)
     operands = {"add": add, "frame_gate": frame_gate, "residual": residual}
     bindings = {**_a_arguments(x), **b, **_finish_arguments(operands), "out": out, "M": M}
-    if tail is not None:
+    if tail is not None and head:
+        whole = bindings["a"].preceded(head)
+        if x.quant is None:
+            ctx.tape.copy(f"{label}.tail", tail.values, whole.narrow(0, 0, head))
+        else:
+            quantize(ctx, f"{label}.tail", tail.values, name, codes=whole.narrow(0, 0, head))
+        bindings["a"] = whole
+    elif tail is not None:
         left = _a_arguments(as_operand(ctx, f"{label}.tail", tail, name))
         bindings |= {"tail": left["a"], "tail_row": left["a_row"], "tail_scales": left.get("a_scales")}
-    ctx.tape.launch(label, variant, bindings, ("out",), flops=2 * M * C * 3 * C, unit=unit)
+    ctx.tape.launch(label, variant, bindings, ("out",), flops=2 * M * C * 3 * C, unit=unit, **_sizes(config, ctx.target))
     return out
+
+
+def _sizes(config: plans.Config, target: int) -> dict[str, Any]:
+    """What the grid of a product needs beside its arguments."""
+    return {"SMS": MULTIPROCESSORS[target]} if config.persistent else {}

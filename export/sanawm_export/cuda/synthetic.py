@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 
 from sanawm.config import WorldConfig
@@ -24,3 +25,9 @@ class SyntheticCheckpoint:
     def fingerprint(self) -> str:
         """SHA-256 of what defines the weights."""
         return hashlib.sha256(f"{self.source}/{self.world.to_json()}".encode()).hexdigest()
+
+
+def synthetic_seed(source: str) -> int | None:
+    """The seed of a synthetic checkpoint by its `source`, which bundles keep; None for another checkpoint."""
+    found = re.fullmatch(r"synthetic:[^:]+:(\d+)", source)
+    return int(found[1]) if found else None

@@ -10,15 +10,20 @@ import importlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from sanawm_kernels.aot import elf
 from sanawm_kernels.aot.spec import KernelVariant
 
 # Part of every cache key: raise it when the way of compiling changes.
-RECIPE = 1
-# Pointers that Triton appends to every kernel's parameters; kernels of this package use neither, so the launcher passes null.
+RECIPE = 2
+# Pointers that Triton appends to every kernel's parameters. The first is null but for kernels that make descriptors, `scratch_bytes` a program, in
+# memory aligned to `SCRATCH_ALIGNMENT`; the second is always null.
 HIDDEN = ("global_scratch", "profile_scratch")
+SCRATCH_ALIGNMENT = 128
+# What the cubin does not say and a cache entry keeps beside it.
+SIZES = ("shared_bytes", "scratch_bytes")
 # Bytes of dynamic shared memory a block may ask for, by compute capability (CUDA C++ Programming Guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
 # Architectures on which a hot kernel may not spill.
@@ -98,13 +103,16 @@ def compile_variant(variant: KernelVariant, target: int, ptx_version: int | None
         except Exception as error:
             raise CompileError(f"{variant.name} for sm_{target}: {type(error).__name__}: {error}") from error
     cubin: bytes = built.asm["cubin"]
-    entry = describe(variant, kernel.arg_names, cubin, int(built.metadata.shared))
+    if built.metadata.global_scratch_align > SCRATCH_ALIGNMENT:
+        raise CompileError(f"{variant.name}: expected scratch memory aligned to {SCRATCH_ALIGNMENT}, found {built.metadata.global_scratch_align}")
+    sizes = {"shared_bytes": int(built.metadata.shared), "scratch_bytes": int(built.metadata.global_scratch_size)}
+    entry = describe(variant, kernel.arg_names, cubin, sizes)
     _check(variant, entry, target)
     return cubin, entry
 
 
-def describe(variant: KernelVariant, order: list[str], cubin: bytes, shared: int) -> dict[str, Any]:
-    """Index entry of a compiled variant: what a launcher needs, and what the ELF says."""
+def describe(variant: KernelVariant, order: list[str], cubin: bytes, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Index entry of a compiled variant: what a launcher needs, `sizes` of its memory among it, and what the ELF says."""
     code = elf.read(cubin)
     arguments = [{"name": name, "type": variant.signature[name]} for name in order if name in variant.signature]
     return {
@@ -120,7 +128,8 @@ def describe(variant: KernelVariant, order: list[str], cubin: bytes, shared: int
         "grid_sizes": list(variant.grid_sizes),
         "num_warps": code.threads // 32,
         "num_ctas": int(variant.options.get("num_ctas", 1)),
-        "shared_bytes": shared,
+        "shared_bytes": sizes["shared_bytes"],
+        "scratch_bytes": sizes["scratch_bytes"],
         "registers": code.registers,
         "spill_bytes": code.stack_bytes,
         "spill_reason": variant.spill_reason,
@@ -144,8 +153,8 @@ def in_worker(variant: KernelVariant, target: int, ptx_version: int | None, cach
     """`compile_variant` through the cache directory; the last value says whether the cache had it."""
     path = None if cache is None else os.path.join(cache, (key := cache_key(variant, target, ptx_version))[:2], key)
     if path is not None and (found := _cached(path)) is not None:
-        cubin, shared = found
-        entry = describe(variant, _compilable(variant).arg_names, cubin, shared)
+        cubin, sizes = found
+        entry = describe(variant, _compilable(variant).arg_names, cubin, sizes)
         _check(variant, entry, target)
         return cubin, entry, True
     cubin, entry = compile_variant(variant, target, ptx_version)
@@ -153,21 +162,22 @@ def in_worker(variant: KernelVariant, target: int, ptx_version: int | None, cach
         os.makedirs(os.path.dirname(path), exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
         with os.fdopen(handle, "wb") as file:
-            file.write(json.dumps({"sha256": entry["sha256"], "shared_bytes": entry["shared_bytes"]}).encode() + b"\n" + cubin)
+            file.write(json.dumps({name: entry[name] for name in ("sha256", *SIZES)}).encode() + b"\n" + cubin)
         os.replace(temporary, path)
     return cubin, entry, False
 
 
-def _cached(path: str) -> tuple[bytes, int] | None:
-    """Cubin and shared memory of a cache entry; None if there is none or it is damaged."""
+def _cached(path: str) -> tuple[bytes, dict[str, int]] | None:
+    """Cubin and sizes of a cache entry; None if there is none or it is damaged."""
     try:
         with open(path, "rb") as file:
             head, cubin = file.readline(), file.read()
         facts = json.loads(head)
         whole = hashlib.sha256(cubin).hexdigest() == facts["sha256"]
+        sizes = {name: int(facts[name]) for name in SIZES}
     except (FileNotFoundError, ValueError, KeyError):
         return None
-    return (cubin, int(facts["shared_bytes"])) if whole else None
+    return (cubin, sizes) if whole else None
 
 
 def start_worker() -> None:

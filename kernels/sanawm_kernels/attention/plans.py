@@ -21,7 +21,8 @@ from sanawm_kernels.tokenwise.plans import (
     targets_of,
 )
 
-KERNELS = "sanawm_kernels.attention.kernels"
+WINDOW = "sanawm_kernels.attention.kernels:window_attention"
+CROSS = "sanawm_kernels.attention.cross:cross_attention"
 
 
 @cache
@@ -67,7 +68,7 @@ def window_attention(
     return KernelVariant(
         name=f"attention.window{'_ucpe' if ucpe else ''}.h{heads}.d{width}.s{segments}"
         f"{f'.rays{rays_batched}' if rays_batched else ''}.{short}{other(out, usual, 'out')}{quant_name(quant, swizzled, keep)}",
-        kernel=f"{KERNELS}:window_attention",
+        kernel=WINDOW,
         signature=signature,
         constexprs=absent | constants,
         grid=("cdiv(N, BM)", "HEADS", "BATCH"),
@@ -79,6 +80,44 @@ def window_attention(
         spill_reason="a few registers around the ray-space transform, once a program; the loop over keys has no local memory access"
         if ucpe
         else None,
+    )
+
+
+@cache
+def window_pair(
+    kind: str, heads: int, width: int, segments: int, tile: Tile, *, keep: bool = True, quant: str | None = None, swizzled: bool = False,
+    native: bool = False,
+) -> KernelVariant:  # fmt: skip
+    """Attention of both branches over `segments` runs of keys in one launch; the camera branch's output may be quantized."""
+    row = stride(heads * width)
+    entries: dict[str, str | None] = {}
+    for branch in ("main", "camera"):
+        entries |= {f"{branch}_q": pointer(kind), f"{branch}_q_row": row}
+    for i in range(3):
+        here = i < segments
+        for name in (f"{branch}_{x}{i}" for branch in ("main", "camera") for x in "kv"):
+            entries |= {name: pointer(kind if here else None), f"{name}_row": row if here else None}
+        entries[f"n{i}"] = "i32" if here else None
+    entries |= dict.fromkeys(("rays", "cos", "sin"), "*fp32:16") | {"main_out": pointer(kind), "camera_out": pointer(kind if keep else None)}
+    entries |= quant_entries(quant) | {"N": "i32", "main_scale": "fp32", "camera_scale": "fp32"}
+    signature, absent = arguments(entries)
+    constants = {
+        "HEADS": heads, "D": width, "P": power_of_two(width, 16), "BM": tile.queries, "BN": tile.keys,
+        "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native), "BF16": kind == "bf16", "PRECISION": "ieee",
+    }  # fmt: skip
+    return KernelVariant(
+        name=f"attention.pair.h{heads}.d{width}.s{segments}.{kind}{quant_name(quant, swizzled, keep)}",
+        kernel="sanawm_kernels.attention.pair:window_pair",
+        signature=signature,
+        constexprs=absent | constants,
+        # Two programs a multiprocessor, one of each branch.
+        grid=("min(cdiv(N, BM) * HEADS, SMS)", "2", "1"),
+        grid_sizes=("SMS",),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        targets=targets_of(quant),
+        hot=True,
+        spill_reason="a few addresses, once a tile of queries; the loops over keys have no local memory access",
     )
 
 
@@ -116,7 +155,7 @@ def cross_attention(
     return KernelVariant(
         name=f"attention.cross.h{heads}.d{width}.{'parts' + str(parts) if parts else 'norm'}.{kind}"
         f"{other(weight, kind, 'weight')}{eps_name(eps, LAYER_EPS)}{quant_name(quant, swizzled, keep)}",
-        kernel=f"{KERNELS}:cross_attention",
+        kernel=CROSS,
         signature=signature,
         constexprs=absent | constants,
         grid=("cdiv(N, BM)", "HEADS // GROUP", "BATCH"),
@@ -125,4 +164,5 @@ def cross_attention(
         num_stages=tile.stages,
         targets=targets_of(quant),
         hot=True,
+        spill_reason="8 bytes in Triton 3.9, once a tile; the loop over keys has no local memory access",
     )

@@ -85,6 +85,51 @@ def window_attention(
     return Output(out, quantized)
 
 
+def window_pair(
+    main_q_NHD: Tensor,
+    main: Sequence[Segment],
+    main_scale: float,
+    camera_q_NHD: Tensor,
+    camera: Sequence[Segment],
+    camera_scale: float,
+    ucpe: InverseUCPE,
+    *,
+    quantize: Quantize | None = None,
+    tile: table.Tile | None = None,
+) -> tuple[Tensor, Output]:
+    """`naive.window_attention` of one batch's main branch (N, C), and of its camera branch, with `ucpe` and `quantize`, in one launch.
+
+    Keys and values of a segment are (n, H, D); segments of both branches are equally long. `tile` overrides the table's choice (for tuning).
+    """
+    what = "window_pair"
+    N, H, D = main_q_NHD.shape
+    kind, device = type_name(main_q_NHD, f"{what} q"), main_q_NHD.device
+    lengths = [segment.keys.shape[0] for segment in main]
+    if not 1 <= len(lengths) <= 3 or lengths != [segment.keys.shape[0] for segment in camera] or 0 in lengths:
+        raise ValueError(f"{what}: expected one to three segments of at least one key, as long in both branches, found {lengths}")
+    arguments: dict[str, Any] = {"N": N, "main_scale": float(main_scale), "camera_scale": float(camera_scale)}
+    tensors = {"main_q": main_q_NHD, "camera_q": camera_q_NHD}
+    for i, n in enumerate(lengths):
+        arguments[f"n{i}"] = n
+        for branch, segments in (("main", main), ("camera", camera)):
+            tensors |= {f"{branch}_k{i}": segments[i].keys, f"{branch}_v{i}": segments[i].values}
+    for name, x in tensors.items():
+        if x.dtype != main_q_NHD.dtype:
+            raise ValueError(f"{what} {name}: expected the main branch's dtype {main_q_NHD.dtype}, found {x.dtype}")
+        _heads(x[None], (1, N if name.endswith("_q") else arguments[f"n{name[-1]}"], H, D), f"{what} {name}")
+        arguments |= {name: x, f"{name}_row": x.stride(0)}
+    _check_ucpe(ucpe, 1, N, D, what)
+    request = _request(quantize, D, what)
+    out = [torch.empty(N, H * D, dtype=main_q_NHD.dtype, device=device) for _ in range(1 + request["keep"])]
+    quantized = empty_quantized((N, H * D), quantize, device)
+    chosen = tile or table.tile("pair", target(device), kind)
+    variant = plans.window_pair(kind, H, D, len(lengths), chosen, native=native_fp4(device), **request)
+    arguments |= {"rays": ucpe.rays, "cos": ucpe.cos, "sin": ucpe.sin, "main_out": out[0]} | ({"camera_out": out[1]} if request["keep"] else {})
+    programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    launch(variant, arguments | quantized_arguments(quantized, quantize, device), SMS=programs)
+    return out[0], Output(out[1] if request["keep"] else None, quantized)
+
+
 def _check_ucpe(ucpe: InverseUCPE, B: int, N: int, D: int, what: str) -> int:
     """Tokens a batch where each has its own matrices, else 0."""
     if tuple(ucpe.rays.shape) not in ((B, N, 4, 4), (1, N, 4, 4)) or ucpe.rays.dtype != torch.float32 or not ucpe.rays.is_contiguous():

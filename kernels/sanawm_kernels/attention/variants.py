@@ -9,7 +9,7 @@ from sanawm_kernels.tokenwise.variants import CROSS_NORM_EPS, KIND, one_scale
 
 
 def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
-    """Window attention of both branches over one to three segments, in bf16 and FP8, and cross-attention."""
+    """Window attention of both branches over one to three segments, in bf16 and FP8, apart and together, and cross-attention."""
     H, D = sizes.heads, sizes.head_dim
     found = []
     # No cache, the sink alone, the sink and the chunk before.
@@ -21,7 +21,10 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
             if target >= 89:
                 # The camera branch's output is an operand of the next product.
                 found.append(plans.window_attention(kind, H, D, segments, tile, out=KIND, ucpe=True, quant="fp8", keep=False, **batched))
-    config = default_config(target, KIND)
+        if table.paired(target, KIND):
+            chosen = table.tile("pair", target, KIND)
+            found += [plans.window_pair(KIND, H, D, segments, chosen), plans.window_pair(KIND, H, D, segments, chosen, quant="fp8", keep=False)]
+    config = default_config(target, KIND, sizes.hidden)
     parts = -(-sizes.hidden // (config.columns // config.slices))
     for recipe in [{}, *one_scale(target)]:
         tile = table.tile("cross", target, KIND, recipe.get("quant"))

@@ -44,9 +44,24 @@ def norm_silu(x, out, state, M, KEPT, C: tl.constexpr, P: tl.constexpr, R: tl.co
 
 
 @triton.jit
-def _reflected(index, size):
+def reflected(index, size):
+    """Index of the element that stands for the one at `index`, at most one beyond the edges."""
     index = tl.where(index < 0, -index, index)
     return tl.where(index >= size, 2 * size - 2 - index, index)
+
+
+@triton.jit
+def image_bytes(acc, frame, y, column, channel, H: tl.constexpr, W: tl.constexpr, PATCH: tl.constexpr, BF16: tl.constexpr):
+    """Places in the bytes (frames, PATCH * H, PATCH * W, 3) of an image of what a convolution made, and their values."""
+    if BF16:
+        acc = acc.to(tl.bfloat16).to(tl.float32)
+    level = tl.minimum(tl.maximum((acc + 1.0) * 127.5, 0.0), 255.0)
+    # Adding and taking away 1.5 * 2**23 rounds to the nearest integer, ties to even.
+    level = (level + 12582912.0) - 12582912.0
+    down, right, colour = channel // (3 * PATCH), channel // 3 % PATCH, channel % 3
+    to = (frame * (H * PATCH) + y * PATCH) + down
+    to = (to * (W * PATCH) + column * PATCH + right) * 3 + colour
+    return to, level.to(tl.uint8)
 
 
 @triton.jit
@@ -73,7 +88,7 @@ def causal_conv(
     for step in range(0, 27 * STEPS):
         tap, part = step // STEPS, step % STEPS
         source = frame + tap // 9 - 2
-        spot = _reflected(y + tap // 3 % 3 - 1, H) * W + _reflected(column + tap % 3 - 1, W)
+        spot = reflected(y + tap // 3 % 3 - 1, H) * W + reflected(column + tap % 3 - 1, W)
         at = x + (tl.maximum(source, 0) * (H * W) + spot).to(tl.int64) * C
         if past is not None:
             at = tl.where(source < 0, past + (tl.minimum(source + 2, 1) * (H * W) + spot).to(tl.int64) * C, at)
@@ -94,15 +109,8 @@ def causal_conv(
         to = (to * (2 * H) + 2 * y[:, None] + (sub // 2 % 2)[None, :]) * (2 * W) + 2 * column[:, None] + (sub % 2)[None, :]
         tl.store(out + to.to(tl.int64) * HALF + c[None, :], acc.to(out.dtype.element_ty), mask=inside & (to >= 0))
     elif MODE == PIXELS:
-        if BF16:
-            acc = acc.to(tl.bfloat16).to(tl.float32)
-        level = tl.minimum(tl.maximum((acc + 1.0) * 127.5, 0.0), 255.0)
-        # Adding and taking away 1.5 * 2**23 rounds to the nearest integer, ties to even.
-        level = (level + 12582912.0) - 12582912.0
-        down, right, colour = channel // (3 * PATCH), channel // 3 % PATCH, channel % 3
-        to = (frame * (H * PATCH) + y * PATCH)[:, None] + down[None, :]
-        to = (to * (W * PATCH) + (column * PATCH)[:, None] + right[None, :]) * 3 + colour[None, :]
-        tl.store(out + to, level.to(tl.uint8), mask=inside)
+        to, level = image_bytes(acc, frame[:, None], y[:, None], column[:, None], channel[None, :], H, W, PATCH, BF16)
+        tl.store(out + to, level, mask=inside)
     else:
         at = pixel[:, None].to(tl.int64) * N + channel[None, :]
         if MODE == RESIDUAL:

@@ -26,18 +26,31 @@ def norm_silu(x_MC: Tensor) -> Tensor:
     return F.silu(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + NORM_EPS)).to(x_MC.dtype)
 
 
+def padded(x_THWC: Tensor, past_2HWC: Tensor | None) -> Tensor:
+    """Frames as a convolution sees them, (T + 2, H + 2, W + 2, C): after `past`, or the first frame twice, in a border of reflected pixels."""
+    before = x_THWC[:1].expand(CONTEXT, -1, -1, -1) if past_2HWC is None else past_2HWC
+    rows, columns = ([1, *range(n), n - 2] for n in x_THWC.shape[1:3])
+    return torch.cat((before, x_THWC))[:, rows][:, :, columns]
+
+
+def padded_conv(x_THWC: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """3x3x3 convolution of frames from `padded` in `wide` precision; weight (N, 27 C), input index ((dt*3 + dy)*3 + dx)*C + channel."""
+    kernel = wide(weight).reshape(-1, 3, 3, 3, x_THWC.shape[-1]).permute(0, 4, 1, 2, 3)
+    return F.conv3d(wide(x_THWC).permute(3, 0, 1, 2)[None], kernel, None if bias is None else wide(bias))[0].permute(1, 2, 3, 0)
+
+
 def causal_conv(x_THWC: Tensor, past_2HWC: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
-    """3x3x3 convolution, (T, H, W, C) to (T, H, W, N) in `wide` precision; weight (N, 27 C), input index ((dt*3 + dy)*3 + dx)*C + channel.
+    """3x3x3 convolution, (T, H, W, C) to (T, H, W, N) in `wide` precision, weights as in `padded_conv`.
 
     The two frames before the first are `past`, or the first frame itself; rows and columns beyond the edge are reflected.
     """
-    x = wide(x_THWC)
-    C = x.shape[-1]
-    before = x[:1].expand(CONTEXT, -1, -1, -1) if past_2HWC is None else wide(past_2HWC)
-    volume = torch.cat((before, x)).permute(3, 0, 1, 2)
-    padded = F.pad(volume, (1, 1, 1, 1), mode="reflect")
-    kernel = wide(weight).reshape(-1, 3, 3, 3, C).permute(0, 4, 1, 2, 3)
-    return F.conv3d(padded[None], kernel, wide(bias))[0].permute(1, 2, 3, 0)
+    return padded_conv(padded(x_THWC, past_2HWC), weight, bias)
+
+
+def frames(x_RC: Tensor, T: int, H: int, W: int, pitch: int) -> Tensor:
+    """(T, H, W, C) of evenly spaced frames whose rows are `pitch` pixels apart."""
+    C = x_RC.shape[-1]
+    return x_RC.reshape(T, -1, C)[:, : H * pitch].reshape(T, H, pitch, C)[:, :, :W]
 
 
 def upsampled(y_THWN: Tensor, x_THWC: Tensor, starts_clip: bool) -> Tensor:
@@ -52,6 +65,14 @@ def upsampled(y_THWN: Tensor, x_THWC: Tensor, starts_clip: bool) -> Tensor:
     summed = (y_THWN + skip).to(x_THWC.dtype).reshape(T, H, W, 2, 2, 2, half)
     out = summed.permute(0, 3, 1, 4, 2, 5, 6).reshape(2 * T, 2 * H, 2 * W, half)
     return out[1:] if starts_clip else out
+
+
+def selection(out_channels: int, channels: int, upsample: bool) -> Tensor:
+    """A one in each row (N, C), at the channel that is added to that channel of a result: the same one, or the one that `upsampled` repeats."""
+    channel = torch.arange(out_channels)
+    half = out_channels // 8
+    wanted = (8 * (channel % half) + channel // half) % channels if upsample else channel
+    return F.one_hot(wanted, channels).float()
 
 
 def pixels(y_THWN: Tensor, patch: int) -> Tensor:

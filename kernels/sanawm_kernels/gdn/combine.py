@@ -24,26 +24,43 @@ def _sum_splits(x, inside, STRIDE: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _decay(decay_logits, A_log, dt_bias, t, H: tl.constexpr):
-    logits = tl.load(decay_logits + t * H).to(tl.float32)
-    return decay_factor(logits, tl.load(A_log).to(tl.float32), tl.load(dt_bias).to(tl.float32))
+def _decays(decay_logits, A_log, dt_bias, H: tl.constexpr, T: tl.constexpr):
+    """The frames' decay factors, as a tuple."""
+    rate, bias = tl.load(A_log).to(tl.float32), tl.load(dt_bias).to(tl.float32)
+    found = ()
+    for t in tl.static_range(T):
+        found = found + (decay_factor(tl.load(decay_logits + t * H).to(tl.float32), rate, bias),)  # type: ignore[assignment] # noqa: RUF005
+    return found
 
 
 @triton.jit
-def _correction(inflation, slot, S: tl.constexpr, SPLITS: tl.constexpr, CAMERA: tl.constexpr):
-    """1 / max(1, mean inflation) in the camera branch, 1 in the main branch."""
-    if CAMERA:
-        total = tl.load(inflation + slot)
-        for split in tl.static_range(1, SPLITS):
-            total += tl.load(inflation + slot + split)
-        return 1.0 / tl.maximum(total / S, 1.0)
-    else:
-        return 1.0
+def _corrections(inflation, slot, T: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr, CAMERA: tl.constexpr):
+    """1 / max(1, mean inflation) of each frame in the camera branch, 1 in the main branch, as a tuple."""
+    found = ()
+    for t in tl.static_range(T):
+        if CAMERA:
+            total = tl.load(inflation + slot + t * SPLITS)
+            for split in tl.static_range(1, SPLITS):
+                total += tl.load(inflation + slot + t * SPLITS + split)
+            found = found + (1.0 / tl.maximum(total / S, 1.0),)  # type: ignore[assignment] # noqa: RUF005
+        else:
+            found = found + (1.0,)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _effect(
+    gram, square, in_square, update, rows, in_rows, STEP: tl.constexpr, T: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, HEIGHT: tl.constexpr
+):  # fmt: skip
+    """What a step's frame does to the state: A, and its rows of U, which has HEIGHT."""
+    t: tl.constexpr = T - 1 - STEP if STEP < T - 1 else STEP - T + 1
+    a = _sum_splits(gram + t * (SPLITS * D * D) + square, in_square, D * D, SPLITS)
+    return a, _sum_splits(update + t * (SPLITS * HEIGHT * D) + rows, in_rows, HEIGHT * D, SPLITS)
 
 
 @triton.jit
 def _scan_rows(
-    gram, update, inflation, slot, state_in, state_out, carried, later, applied, applied_scale, frames, decay_logits, A_log, dt_bias, block,
+    gram, update, inflation, slot, state_in, state_out, carried, applied, applied_scale, frames, decay_logits, A_log, dt_bias, block,
     H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, CAMERA: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
 ):  # fmt: skip
@@ -53,39 +70,44 @@ def _scan_rows(
     in_square = (i < D) & (column < D)
     rows = row * D + column
     in_rows = (row < D) & (column < D)
-    value = block * ROWS + tl.arange(0, ROWS)[None, :]
-    across = i * D + value
-    in_across = (i < D) & (value < D)
+    value = block * ROWS + tl.arange(0, ROWS)
+    across = i * D + value[None, :]
+    in_across = (i < D) & (value[None, :] < D)
 
-    state = tl.zeros((ROWS, P), tl.float32)
-    for back in range(T - 1):
-        t = T - 1 - back
-        state *= _decay(decay_logits, A_log, dt_bias, t, H)
-        factor = _correction(inflation, slot + t * SPLITS, S, SPLITS, CAMERA)
-        a = _sum_splits(gram + t * (SPLITS * D * D) + square, in_square, D * D, SPLITS)
-        u = _sum_splits(update + t * (SPLITS * D * D) + rows, in_rows, D * D, SPLITS)
-        state += factor * (u - product(operand(state, PRECISION), operand(a, PRECISION), tl.zeros((ROWS, P), tl.float32), PRECISION))
-        tl.store(later + (frames + t - 1) * (D * D) + rows, state, mask=in_rows)
-    # The forward scan adds the rows stored above, which other threads of this program may have written.
-    tl.debug_barrier()
-
+    zero = tl.zeros((ROWS, P), tl.float32)
+    a, u = _effect(gram, square, in_square, update, rows, in_rows, 0, T, D, SPLITS, D)
+    seed = zero
     if HAS_STATE:
-        state = tl.load(state_in + carried + rows, mask=in_rows, other=0.0)
-    else:
-        state = tl.zeros((ROWS, P), tl.float32)
-    for t in range(T):
-        state *= _decay(decay_logits, A_log, dt_bias, t, H)
-        factor = _correction(inflation, slot + t * SPLITS, S, SPLITS, CAMERA)
-        a = _sum_splits(gram + t * (SPLITS * D * D) + square, in_square, D * D, SPLITS)
-        u = _sum_splits(update + t * (SPLITS * D * D) + rows, in_rows, D * D, SPLITS)
-        state += factor * (u - product(operand(state, PRECISION), operand(a, PRECISION), tl.zeros((ROWS, P), tl.float32), PRECISION))
-        seen = state + tl.load(later + (frames + t) * (D * D) + rows, mask=in_rows & (t < T - 1), other=0.0)
-        if SCALED:
-            scale = tl.maximum(tl.max(tl.abs(seen), 1), 1e-30) / 1024
-            tl.store(applied_scale + (frames + t) * D + block * ROWS + tl.arange(0, ROWS), scale, mask=block * ROWS + tl.arange(0, ROWS) < D)
-            seen = seen / scale[:, None]
-        # Stored key x value, as `apply` multiplies it.
-        tl.store(applied + (frames + t) * (D * D) + across, tl.trans(seen).to(applied.dtype.element_ty), mask=in_across)
+        seed = tl.load(state_in + carried + rows, mask=in_rows, other=0.0)
+    decays = _decays(decay_logits, A_log, dt_bias, H, T)
+    corrections = _corrections(inflation, slot, T, S, SPLITS, CAMERA)
+    state = zero
+    # What later frames leave for a frame's queries, from the last but one to the first.
+    later = ()
+    # Backward through frames T - 1 to 1, then forward through 0 to T - 1.
+    for step in tl.static_range(2 * T - 1):
+        if step == T - 1:
+            state = seed
+        factor = corrections[T - 1 - step if step < T - 1 else step - T + 1]
+        state *= decays[T - 1 - step if step < T - 1 else step - T + 1]
+        operand_a, target = operand(a, PRECISION), u
+        # A frame's effect is asked for a step ahead: nothing in it waits for the scan.
+        if step + 1 < 2 * T - 1:
+            a, u = _effect(gram, square, in_square, update, rows, in_rows, step + 1, T, D, SPLITS, D)
+        state += factor * (target - product(operand(state, PRECISION), operand_a, zero, PRECISION))
+        if step < T - 1:
+            later = later + (state,)  # type: ignore[assignment] # noqa: RUF005
+        else:
+            t = step - (T - 1)
+            seen = state
+            if step < 2 * T - 2:
+                seen += later[2 * T - 3 - step]
+            if SCALED:
+                scale = tl.maximum(tl.max(tl.abs(seen), 1), 1e-30) / 1024
+                tl.store(applied_scale + (frames + t) * D + value, scale, mask=value < D)
+                seen = seen / scale[:, None]
+            # Stored key x value, as `apply` multiplies it.
+            tl.store(applied + (frames + t) * (D * D) + across, tl.trans(seen).to(applied.dtype.element_ty), mask=in_across)
     if COMMIT:
         # The state may be updated in place: no thread may still be reading it.
         tl.debug_barrier()
@@ -94,33 +116,36 @@ def _scan_rows(
 
 @triton.jit
 def _scan_normaliser(
-    gram, column, z_in, z_out, carried, later, applied, decay_logits, A_log, dt_bias,
+    gram, column, z_in, z_out, carried, applied, decay_logits, A_log, dt_bias,
     H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
 ):  # fmt: skip
     channel = tl.arange(0, P)
     inside = channel < D
     square = channel[:, None] * D + channel[None, :]
     in_square = inside[:, None] & inside[None, :]
-    z = tl.zeros((P,), tl.float32)
-    for back in range(T - 1):
-        t = T - 1 - back
-        z *= _decay(decay_logits, A_log, dt_bias, t, H)
-        a = _sum_splits(gram + t * (SPLITS * D * D) + square, in_square, D * D, SPLITS)
-        b = _sum_splits(column + t * (SPLITS * D) + channel, inside, D, SPLITS)
-        z += b - tl.sum(a * z[None, :], 1)
-        tl.store(later + (t - 1) * D + channel, z, mask=inside)
-    tl.debug_barrier()
-
+    zero = tl.zeros((P,), tl.float32)
+    a, b = _effect(gram, square, in_square, column, channel, inside, 0, T, D, SPLITS, 1)
+    seed = zero
     if HAS_STATE:
-        z = tl.load(z_in + carried + channel, mask=inside, other=0.0)
-    else:
-        z = tl.zeros((P,), tl.float32)
-    for t in range(T):
-        z *= _decay(decay_logits, A_log, dt_bias, t, H)
-        a = _sum_splits(gram + t * (SPLITS * D * D) + square, in_square, D * D, SPLITS)
-        b = _sum_splits(column + t * (SPLITS * D) + channel, inside, D, SPLITS)
-        z += b - tl.sum(a * z[None, :], 1)
-        tl.store(applied + t * D + channel, z + tl.load(later + t * D + channel, mask=inside & (t < T - 1), other=0.0), mask=inside)
+        seed = tl.load(z_in + carried + channel, mask=inside, other=0.0)
+    decays = _decays(decay_logits, A_log, dt_bias, H, T)
+    z = zero
+    later = ()
+    for step in tl.static_range(2 * T - 1):
+        if step == T - 1:
+            z = seed
+        z *= decays[T - 1 - step if step < T - 1 else step - T + 1]
+        matrix, target = a, b
+        if step + 1 < 2 * T - 1:
+            a, b = _effect(gram, square, in_square, column, channel, inside, step + 1, T, D, SPLITS, 1)
+        z += target - tl.sum(matrix * z[None, :], 1)
+        if step < T - 1:
+            later = later + (z,)  # type: ignore[assignment] # noqa: RUF005
+        else:
+            seen = z
+            if step < 2 * T - 2:
+                seen += later[2 * T - 3 - step]
+            tl.store(applied + (step - (T - 1)) * D + channel, seen, mask=inside)
     if COMMIT:
         # The state may be updated in place: no thread may still be reading it.
         tl.debug_barrier()
@@ -129,7 +154,7 @@ def _scan_normaliser(
 
 @triton.jit
 def combine(
-    gram, update, column, inflation, later, later_z, applied, applied_scale, applied_z,
+    gram, update, column, inflation, applied, applied_scale, applied_z,
     main_state_in, main_state_out, z_in, z_out, camera_state_in, camera_state_out, decay_logits, A_log, dt_bias,
     B: tl.constexpr, H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
@@ -137,9 +162,9 @@ def combine(
 ):  # fmt: skip
     """Grid (BLOCKS * branches + MAIN, B*H): row blocks of the camera branch, of the main branch, and the normaliser.
 
-    Reads what `summarize` wrote. Scratch: later (2, B*H, T, D, D), later_z (B*H, T, D) float32. Writes the states queries see: applied
-    (2, B*H, T, D, D) key x value, float32, or with SCALED half precision relative to applied_scale (2, B*H, T, D), a factor a value channel;
-    applied_z (B*H, T, D) float32; and with COMMIT the states carried on, which may be the ones read.
+    Reads what `summarize` wrote. Writes the states queries see: applied (2, B*H, T, D, D) key x value, float32, or with SCALED half precision
+    relative to applied_scale (2, B*H, T, D), a factor a value channel; applied_z (B*H, T, D) float32; and with COMMIT the states carried on, which
+    may be the ones read.
     """
     job, head = tl.program_id(0), tl.program_id(1)
     slot = head * T * SPLITS
@@ -154,7 +179,7 @@ def combine(
         if job < BLOCKS:
             _scan_rows(
                 gram + splits, update + splits, inflation, slot, camera_state_in, camera_state_out, carried,
-                later, applied, applied_scale, frames, decay_logits, A_log, dt_bias, job,
+                applied, applied_scale, frames, decay_logits, A_log, dt_bias, job,
                 H, T, S, D, P, ROWS, SPLITS, PRECISION, SCALED, True, HAS_STATE, COMMIT,
             )  # fmt: skip
     if MAIN:
@@ -162,12 +187,12 @@ def combine(
         if (job >= CAMERA * BLOCKS) & (job < (CAMERA + 1) * BLOCKS):
             _scan_rows(
                 gram + main_splits, update + main_splits, inflation, slot, main_state_in, main_state_out, carried,
-                later, applied, applied_scale, heads * T + frames, decay_logits, A_log, dt_bias, job - CAMERA * BLOCKS,
+                applied, applied_scale, heads * T + frames, decay_logits, A_log, dt_bias, job - CAMERA * BLOCKS,
                 H, T, S, D, P, ROWS, SPLITS, PRECISION, SCALED, False, HAS_STATE, COMMIT,
             )  # fmt: skip
         if job == (CAMERA + 1) * BLOCKS:
             _scan_normaliser(
                 gram + main_splits + tl.cast(heads * T * SPLITS, tl.int64) * (D * D), column + slot * D, z_in, z_out, head * D,
-                later_z + head * T * D, applied_z + head * T * D, decay_logits, A_log, dt_bias,
+                applied_z + head * T * D, decay_logits, A_log, dt_bias,
                 H, T, D, P, SPLITS, HAS_STATE, COMMIT,
             )  # fmt: skip

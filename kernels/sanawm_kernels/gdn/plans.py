@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -188,8 +188,8 @@ def combine(p: Problem, target: int) -> KernelVariant:
     """Frames' effects into states: `sanawm_kernels.gdn.combine`."""
     tuned = row(p, "combine", target)
     rows = tuned.settings["ROWS"]
-    entries: dict[str, str | None] = {x: _pointer("fp32") for x in ("gram", "update", "later")}
-    entries |= {x: _pointer("fp32", p.main) for x in ("column", "later_z", "applied_z")}
+    entries: dict[str, str | None] = {x: _pointer("fp32") for x in ("gram", "update")}
+    entries |= {x: _pointer("fp32", p.main) for x in ("column", "applied_z")}
     entries |= {"inflation": _pointer("fp32", p.camera), **_applied(p)}
     for state, here in (("main_state", p.main), ("z", p.main), ("camera_state", p.camera)):
         entries |= {f"{state}_in": _pointer("fp32", here, p.has_state), f"{state}_out": _pointer("fp32", here, p.commit)}
@@ -200,7 +200,8 @@ def combine(p: Problem, target: int) -> KernelVariant:
         **_sizes(p), "ROWS": rows, "BLOCKS": -(-p.head_dim // rows), "SPLITS": row(p, "summarize", target).settings["SPLITS"],
         "PRECISION": precision, "SCALED": p.precision == "bf16", "HAS_STATE": p.has_state, "COMMIT": p.commit,
     }  # fmt: skip
-    return _variant(p, "combine", tuned, (p.precision, _form(p)), entries, constants, ("BLOCKS * (MAIN + CAMERA) + MAIN", "B * H", "1"))
+    variant = _variant(p, "combine", tuned, (p.precision, _form(p)), entries, constants, ("BLOCKS * (MAIN + CAMERA) + MAIN", "B * H", "1"))
+    return replace(variant, spill_reason="up to 56 bytes of a committing 3-frame chunk; on an H200 32 rows take 31 us where 16, which spill nothing, take 38")
 
 
 def apply(p: Problem, target: int) -> KernelVariant:

@@ -59,11 +59,38 @@ def _filtered(rows, w, t: tl.constexpr, T: tl.constexpr, CARRY: tl.constexpr):
 
 
 @triton.jit
+def _totals(rows, COUNT: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr):
+    """Sums of squares of COUNT <= 16 vectors (LANES * EACH,), as a tuple: one reduction over the program for all of them."""
+    parts = ()
+    for i in tl.static_range(COUNT):
+        x = rows[i].to(tl.float32)
+        parts = parts + (tl.sum(tl.reshape(x * x, (LANES, EACH)), 1),)  # type: ignore[assignment] # noqa: RUF005
+    LEVELS: tl.constexpr = (COUNT > 1) + (COUNT > 2) + (COUNT > 4) + (COUNT > 8)
+    for _ in tl.static_range(2**LEVELS - COUNT):
+        parts = parts + (tl.zeros((LANES,), tl.float32),)  # type: ignore[assignment] # noqa: RUF005
+    for level in tl.static_range(LEVELS):
+        pairs = ()
+        for i in tl.static_range(2 ** (LEVELS - 1 - level)):
+            pairs = pairs + (tl.join(parts[2 * i], parts[2 * i + 1]),)  # type: ignore[assignment] # noqa: RUF005
+        parts = pairs
+    totals = (tl.sum(parts[0], 0),)  # type: ignore[misc]
+    for level in tl.static_range(LEVELS):
+        halves = ()
+        for i in tl.static_range(2**level):
+            halves = halves + tl.split(totals[i])  # type: ignore[assignment,misc]
+        totals = halves  # type: ignore[assignment]
+    return totals
+
+
+@triton.jit
 def _prepare_branch(
     q, k, k_norm, conv, tail_in, tail_out, keys, q_scale, k_scale, position, batch, slot, row, batch_stride,
     T: tl.constexpr, S: tl.constexpr, C: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, EPS: tl.constexpr,
     HAS_STATE: tl.constexpr, CARRY: tl.constexpr, COMMIT: tl.constexpr, STORE_KEYS: tl.constexpr,
 ):  # fmt: skip
+    # Vectors of eight elements a thread are summed in the thread first.
+    LANES: tl.constexpr = C0 if C0 < 16 else C0 // 8
+    LANES1: tl.constexpr = C1 if C1 < 16 else C1 // 8
     channel0 = tl.arange(0, C0)
     channel1 = C0 + tl.arange(0, C1 if C1 > 0 else 16)
     inside0, inside1 = channel0 < C, channel1 < C
@@ -81,28 +108,31 @@ def _prepare_branch(
     w0 = _taps(conv, channel0, inside0, C0)
     norm0 = tl.load(k_norm + channel0, mask=inside0, other=0.0).to(tl.float32)
 
-    scale = slot * (T * S) + position
+    filtered0, filtered1 = (), ()
     for t in tl.static_range(T):
-        x0 = q0[t].to(tl.float32)
-        total = tl.sum(x0 * x0, 0)
+        filtered0 = filtered0 + (_filtered(rows0, w0, t, T, CARRY and HAS_STATE),)  # type: ignore[assignment] # noqa: RUF005
         if C1 > 0:
-            x1 = q1[t].to(tl.float32)
-            total += tl.sum(x1 * x1, 0)
-        tl.store(q_scale + scale + t * S, tl.rsqrt(total / C + EPS))
+            filtered1 = filtered1 + (_filtered(rows1, w1, t, T, CARRY and HAS_STATE),)  # type: ignore[assignment] # noqa: RUF005
+    totals = _totals(q0 + filtered0, 2 * T, LANES, C0 // LANES)
+    rest = totals
+    if C1 > 0:
+        # A tile this narrow lies in every warp: its sums need no other.
+        rest = _totals(q1 + filtered1, 2 * T, LANES1, C1 // LANES1)
 
-    key = (slot * (T * S) + position) * C
+    scale = slot * (T * S) + position
+    key = scale * C
     for t in tl.static_range(T):
-        y0 = _filtered(rows0, w0, t, T, CARRY and HAS_STATE)
-        total = tl.sum(y0 * y0, 0)
+        query_total, key_total = totals[t], totals[T + t]
         if C1 > 0:
-            y1 = _filtered(rows1, w1, t, T, CARRY and HAS_STATE)
-            total += tl.sum(y1 * y1, 0)
-        inverse = tl.rsqrt(total / C + EPS)
+            query_total += rest[t]
+            key_total += rest[T + t]
+        tl.store(q_scale + scale + t * S, tl.rsqrt(query_total / C + EPS))
+        inverse = tl.rsqrt(key_total / C + EPS)
         if STORE_KEYS:
             to = keys + key + t * S * C
-            tl.store(to + channel0, saturate(relu(y0 * inverse * norm0)).to(keys.dtype.element_ty), mask=inside0)
+            tl.store(to + channel0, saturate(relu(filtered0[t] * inverse * norm0)).to(keys.dtype.element_ty), mask=inside0)
             if C1 > 0:
-                tl.store(to + channel1, saturate(relu(y1 * inverse * norm1)).to(keys.dtype.element_ty), mask=inside1)
+                tl.store(to + channel1, saturate(relu(filtered1[t] * inverse * norm1)).to(keys.dtype.element_ty), mask=inside1)
         else:
             tl.store(k_scale + scale + t * S, inverse)
     if COMMIT:

@@ -63,9 +63,15 @@ def _keys(
 
 
 @triton.jit
-def _write_strength(beta, token, valid, beta_row):
-    logits = tl.load(beta + token * beta_row, mask=valid, other=0.0).to(tl.float32)
-    return tl.where(valid, tl.sigmoid(logits), 0.0)
+def _logits(beta, frame, position, stop, beta_row, S: tl.constexpr):
+    """Write-strength logits of a tile of tokens. Loops load them a step ahead: elements of 16 bits are too narrow to be copied ahead to shared
+    memory as the tiles are."""
+    return tl.load(beta + (frame * S + position) * beta_row, mask=position < stop, other=0.0)
+
+
+@triton.jit
+def _strength(logits, valid):
+    return tl.where(valid, tl.sigmoid(logits.to(tl.float32)), 0.0)[:, None]
 
 
 @triton.jit
@@ -84,6 +90,7 @@ def _camera_job(
     outer = tl.zeros((P, P), tl.float32)
     written = tl.zeros((P, P), tl.float32)
     growth = tl.zeros((R,), tl.float32)
+    logits = _logits(beta, frame, start + tl.arange(0, R), stop, beta_row, S)
     for s in range(start, stop, R):
         position = s + tl.arange(0, R)
         valid = position < stop
@@ -98,7 +105,8 @@ def _camera_job(
         if GRAM:
             ratio = tl.maximum(tl.sum(key * key, 1), 1e-12) / tl.maximum(tl.sum(plain * plain, 1), 1e-12)
             growth += tl.where(valid, ratio, 0.0)
-        weighted = operand(key * _write_strength(beta, token, valid, beta_row)[:, None], PRECISION)
+        weighted = operand(key * _strength(logits, valid), PRECISION)
+        logits = _logits(beta, frame, position + R, stop, beta_row, S)
         key = operand(key, PRECISION)
         # Both transforms come before both products, so that no product's operand waits in registers.
         if UPDATE:
@@ -126,13 +134,15 @@ def _main_job(
     channel = tl.arange(0, P)
     outer = tl.zeros((P, P), tl.float32)
     written = tl.zeros((P, P), tl.float32)
+    logits = _logits(beta, frame, start + tl.arange(0, R), stop, beta_row, S)
     for s in range(start, stop, R):
         position = s + tl.arange(0, R)
         valid = position < stop
         token = frame * S + position
         plain = _keys(source, frame, position, valid, channel, row, T, S, C, D, KEY_SCALE, CARRY, STORED)
         key = rotate_pairs(plain, rotary_tile(cos, token, valid, P, D), rotary_tile(sin, token, valid, P, D), R, P)
-        weighted = operand(key * _write_strength(beta, token, valid, beta_row)[:, None], PRECISION)
+        weighted = operand(key * _strength(logits, valid), PRECISION)
+        logits = _logits(beta, frame, position + R, stop, beta_row, S)
         if GRAM:
             outer = product(tl.trans(operand(key, PRECISION)), weighted, outer, PRECISION)
         if UPDATE:
@@ -155,11 +165,13 @@ def _normaliser_job(
     channel = tl.arange(0, P)
     outer = tl.zeros((P, P), tl.float32)
     total = tl.zeros((R, P), tl.float32)
+    logits = _logits(beta, frame, start + tl.arange(0, R), stop, beta_row, S)
     for s in range(start, stop, R):
         position = s + tl.arange(0, R)
         valid = position < stop
         plain = _keys(source, frame, position, valid, channel, row, T, S, C, D, 1.0, CARRY, STORED)
-        weighted = plain * _write_strength(beta, frame * S + position, valid, beta_row)[:, None]
+        weighted = plain * _strength(logits, valid)
+        logits = _logits(beta, frame, position + R, stop, beta_row, S)
         outer = product(tl.trans(operand(plain, HALF)), operand(weighted, HALF), outer, HALF)
         total += weighted
     _store_square(gram, gram_slot, outer * (KEY_SCALE * KEY_SCALE), D, P)

@@ -12,10 +12,17 @@ _INTERPRETED = "the interpreter has no launch costs to tune"
 _EXACT = {"R": 16, "SPLITS": 1, "FUSED": False, "STORE_KEYS": False}
 _HALF_KEYS = {"R": 32, "SPLITS": 1, "FUSED": False, "STORE_KEYS": True}
 
+_HOPPER = (90,)
+_TIMED = "2026-11-27"
+_BF16 = {"precision": "bf16"}
+
 TABLE: tuple[Row, ...] = (
+    Row("summarize", _HOPPER, {**_HALF_KEYS, "R": 16, "FUSED": True}, 8, 3, _TIMED, "69.3 us on an H200, the median of 18 candidates 100.3", _BF16),
+    Row("combine", _HOPPER, {"ROWS": 32}, 8, 1, _TIMED, "30.8 us on an H200, 16 rows 38.3", _BF16),
+    Row("apply", _HOPPER, {"R": 32, "TILES": 7}, 8, 1, _TIMED, "54.8 us on an H200, the median of 22 candidates 64.4", _BF16),
     Row("prepare", _GPUS, {}, 8, 1, _DATE, _INSPECTED + "at most 128 registers for 3 frames but in Triton 3.6; 4 warps need twice that"),
     Row(
-        "summarize", _GPUS, _HALF_KEYS, 8, 2, _DATE,
+        "summarize", _GPUS, _HALF_KEYS, 8, 3, _DATE,
         _INSPECTED + "at most 200 registers but in Triton 3.6 for sm_89 (227); fused jobs take 255 on sm_90, and spill elsewhere and in Triton 3.9",
         {"precision": "bf16"},
     ),

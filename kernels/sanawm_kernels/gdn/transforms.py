@@ -91,6 +91,30 @@ def ucpe(x, matrix, valid, cos, sin, R: tl.constexpr, P: tl.constexpr, D: tl.con
 
 
 @triton.jit
+def _shared_row(c0, c1, c2, c3, matrix, ROW: tl.constexpr, TRANSPOSE: tl.constexpr):
+    STEP: tl.constexpr = 4 if TRANSPOSE else 1
+    first = matrix + (ROW if TRANSPOSE else 4 * ROW)
+    y = tl.load(first) * c0 + tl.load(first + STEP) * c1
+    return y + tl.load(first + 2 * STEP) * c2 + tl.load(first + 3 * STEP) * c3
+
+
+@triton.jit
+def ucpe_token(x, matrix, cos, sin, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TRANSPOSE: tl.constexpr):
+    """`ucpe` of R heads x (R, P) of one token: one matrix, at the pointer `matrix`; cos, sin (1, P/2)."""
+    even, odd = tl.split(tl.reshape(x, (R, P // 4, 2, 2)))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    cos_01, cos_23 = tl.split(tl.reshape(cos, (1, P // 4, 2)))
+    sin_01, sin_23 = tl.split(tl.reshape(sin, (1, P // 4, 2)))
+    first = (tl.arange(0, P // 4) < D // 8)[None, :]
+    y0 = tl.where(first, _shared_row(c0, c1, c2, c3, matrix, 0, TRANSPOSE), c0 * cos_01 - c1 * sin_01)
+    y1 = tl.where(first, _shared_row(c0, c1, c2, c3, matrix, 1, TRANSPOSE), c0 * sin_01 + c1 * cos_01)
+    y2 = tl.where(first, _shared_row(c0, c1, c2, c3, matrix, 2, TRANSPOSE), c2 * cos_23 - c3 * sin_23)
+    y3 = tl.where(first, _shared_row(c0, c1, c2, c3, matrix, 3, TRANSPOSE), c2 * sin_23 + c3 * cos_23)
+    return tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (R, P))
+
+
+@triton.jit
 def rms_clamp(after, before, D: tl.constexpr):
     """Scale the rows of `after` (R, P) down to the root mean square of `before`'s where it is larger."""
     rms_before = tl.sqrt(tl.sum(before * before, 1) / D + 1e-6)
@@ -111,6 +135,20 @@ def camera_rotary_tile(table, token, valid, P: tl.constexpr, D: tl.constexpr):
     pair = tl.arange(0, P // 2)[None, :]
     inside = valid[:, None] & (pair >= D // 4) & (pair < D // 2)
     return tl.load(table + token[:, None] * (D // 4) + pair - D // 4, mask=inside, other=0.0)
+
+
+@triton.jit
+def rotary_row(table, token, P: tl.constexpr, D: tl.constexpr):
+    """Row `token` of a (N, D/2) table as (1, P/2)."""
+    pair = tl.arange(0, P // 2)[None, :]
+    return tl.load(table + token * (D // 2) + pair, mask=pair < D // 2, other=0.0)
+
+
+@triton.jit
+def camera_rotary_row(table, token, P: tl.constexpr, D: tl.constexpr):
+    """Row `token` of a (N, D/4) table as (1, P/2), at the pairs of the head's second half."""
+    pair = tl.arange(0, P // 2)[None, :]
+    return tl.load(table + token * (D // 4) + pair - D // 4, mask=(pair >= D // 4) & (pair < D // 2), other=0.0)
 
 
 @triton.jit

@@ -46,7 +46,8 @@ def finish_tile(
 ):  # fmt: skip
     """Finish and store the tile (tile_m, tile_n) of an (M, N) result in SLICES (1, 2 or 4) column slices, one after the other.
 
-    A slice's operands are dead before the next one's are read, which keeps the registers of a wide tile free.
+    A slice's operands are dead before the next one's are read, which keeps the registers of a wide tile free. `out` is a pointer, or a descriptor
+    of blocks as large as a slice.
     """
     if SLICES == 1:
         _finish(
@@ -112,7 +113,9 @@ def _finish(
         acc += tl.load(extra + row[:, None] * extra_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if BF16:
         acc = acc.to(tl.bfloat16).to(tl.float32)
-    if out is not None:
+    if isinstance(out, tl.tensor_descriptor):
+        out.store([tile_m * BM, tile_n * BN], acc.to(out.dtype))
+    elif out is not None:
         tl.store(out + row[:, None] * N + column[None, :], acc.to(out.dtype.element_ty), mask=inside)
     if squares is not None:
         sums = tl.sum(tl.where(inside, acc * acc, 0.0), 1)

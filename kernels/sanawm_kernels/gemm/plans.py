@@ -19,6 +19,9 @@ from sanawm_kernels.tokenwise.plans import (
 )
 
 KERNELS = "sanawm_kernels.gemm.kernels"
+TMA_KERNELS = "sanawm_kernels.gemm.tma"
+# What `kernels` take and `tma` do not: NVFP4 operands, gated linear units, a tail apart from the rows that follow it.
+_PLAIN_ONLY = ("a_scales", "b_scales", "tail", "tail_row", "tail_scales", "FP4", "A_SWIZZLED", "B_SWIZZLED", "GLU")
 # Architectures with instructions for NVFP4 products; Triton from 3.9 on also compiles them for sm_90, where it emulates them with bfloat16.
 FP4_TARGETS = tuple(t for t in TARGETS if t >= 100)
 EMULATED_FP4 = 90
@@ -28,7 +31,7 @@ EMULATED_FP4 = 90
 class Config:
     """Tile of a product: rows, columns, depth, tile rows visited together, warps, pipeline stages, column slices of the epilogue.
 
-    `persistent` starts one program a multiprocessor instead of one a tile.
+    `persistent` starts that many programs a multiprocessor, 0 one a tile. `tma` takes the kernels whose operands come through descriptors.
     `exact` adds e4m3 products to the float32 sum after every `depth` of them, which Hopper does not do by itself.
     """
 
@@ -39,7 +42,8 @@ class Config:
     warps: int = 8
     stages: int = 3
     slices: int = 1
-    persistent: bool = False
+    persistent: int = 0
+    tma: bool = False
     exact: bool = False
 
 
@@ -129,7 +133,7 @@ def _operand_entries(prefix: str, operand: Operand, row: str | None) -> dict[str
 
 def _grid(config: Config) -> tuple[tuple[str, str, str], tuple[str, ...]]:
     tiles = "cdiv(M, BM) * cdiv(N, BN)"
-    return ((f"min({tiles}, SMS)", "1", "1"), ("SMS",)) if config.persistent else ((tiles, "1", "1"), ())
+    return ((f"min({tiles}, {config.persistent} * SMS)", "1", "1"), ("SMS",)) if config.persistent else ((tiles, "1", "1"), ())
 
 
 def _targets(*kinds: str | None) -> tuple[int, ...]:
@@ -146,6 +150,22 @@ def _tile_constants(config: Config, a: Operand, b: Operand) -> dict[str, object]
     }  # fmt: skip
 
 
+def _kernel(name: str, config: Config) -> str:
+    return f"{TMA_KERNELS if config.tma else KERNELS}:{name}"
+
+
+def _suffix(config: Config) -> str:
+    """Both kinds of kernels have one signature for most products; a name says which is meant."""
+    return ".tma" if config.tma else ""
+
+
+def _taken(constants: dict[str, object], config: Config) -> dict[str, object]:
+    """Those of the constants that the kernels of `config` have."""
+    if not config.tma:
+        return constants
+    return {name: value for name, value in constants.items() if name not in _PLAIN_ONLY}
+
+
 @cache
 def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: Finish, config: Config) -> KernelVariant:
     """x (M, depth) @ weight (columns, depth)^T; `tokens` rows share a frame gate. Raises ValueError for operands that do not go together."""
@@ -158,18 +178,21 @@ def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: 
     signature, absent = arguments(entries | {"M": "i32"})
     grid, sizes = _grid(config)
     kinds = a.name if a == b else f"{a.name}_x_{b.name}"
+    constants = absent | _tile_constants(config, a, b) | finish.constants() | {
+        "N": columns, "K": depth, "TOKENS": tokens if finish.frame_gate else 1, "A_SWIZZLED": a.swizzled, "B_SWIZZLED": b.swizzled,
+    }  # fmt: skip
     return KernelVariant(
-        name=f"gemm.n{columns}.k{depth}{f'.s{tokens}' if finish.frame_gate else ''}.{kinds}.{finish.name}",
-        kernel=f"{KERNELS}:gemm",
+        name=f"gemm.n{columns}.k{depth}{f'.s{tokens}' if finish.frame_gate else ''}.{kinds}.{finish.name}{_suffix(config)}",
+        kernel=_kernel("gemm", config),
         signature=signature,
-        constexprs=absent | _tile_constants(config, a, b) | finish.constants()
-        | {"N": columns, "K": depth, "TOKENS": tokens if finish.frame_gate else 1, "A_SWIZZLED": a.swizzled, "B_SWIZZLED": b.swizzled},
+        constexprs=_taken(constants, config),
         grid=grid,
         grid_sizes=sizes,
         num_warps=config.warps,
         num_stages=config.stages,
         targets=_targets(a.kind, finish.quant),
         hot=True,
+        spill_reason="8 bytes in Triton 3.9, in the epilogue; the loop over the depth has none" if config.tma and finish.gate else None,
     )  # fmt: skip
 
 
@@ -177,23 +200,29 @@ def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: 
 def temporal_conv(
     a: Operand, b: Operand, columns: int, channels: int, frame: int, batch: int, tail: bool, finish: Finish, config: Config
 ) -> KernelVariant:
-    """Three frame-shifted views of (M, channels) times weight (columns, 3 * channels); `frame` tokens a frame, `batch` tokens a batch."""
+    """Three frame-shifted views of (M, channels) times weight (columns, 3 * channels); `frame` tokens a frame, `batch` tokens a batch.
+
+    With a `tail` a kernel with descriptors takes one batch alone, in rows that follow the tail's; the others take the tail as an operand of its own.
+    """
     check(a, b, channels, finish, config)
     if a.row_scales or a.swizzled or b.swizzled:
         raise ValueError("temporal_conv: expected one activation scale and block scales in rows: frames do not start at tiles of 128 rows")
+    if config.tma and batch % frame:
+        raise ValueError(f"temporal_conv: expected whole frames of {frame} tokens, found {batch}")
     row = stride(channels // (2 if a.kind == "nvfp4" else 1))
+    apart = tail and not config.tma
     entries = _operand_entries("a", a, row)
-    entries |= {"tail": a.type if tail else None, "tail_row": row if tail else None, "tail_scales": a.scale_entries[0] if tail else None}
+    entries |= {"tail": a.type if apart else None, "tail_row": row if apart else None, "tail_scales": a.scale_entries[0] if apart else None}
     entries |= _operand_entries("b", b, None) | finish.entries(columns, conv=True)
     signature, absent = arguments(entries | {"M": "i32"})
     grid, sizes = _grid(config)
     return KernelVariant(
         name=f"gemm.temporal.n{columns}.c{channels}.{batch // frame}x{frame}.{a.name if a == b else f'{a.name}_x_{b.name}'}"
-        f"{'' if tail else '.first'}.{finish.name}",
-        kernel=f"{KERNELS}:temporal_conv",
+        f"{'' if tail else '.first'}.{finish.name}{_suffix(config)}",
+        kernel=_kernel("temporal_conv", config),
         signature=signature,
-        constexprs=absent | _tile_constants(config, a, b) | finish.constants(conv=True)
-        | {"N": columns, "C": channels, "FRAME": frame, "BATCH": batch},
+        constexprs=_taken(absent | _tile_constants(config, a, b) | finish.constants(conv=True), config)
+        | {"N": columns, "C": channels, "FRAME": frame} | ({"TAIL": tail} if config.tma else {"BATCH": batch}),
         grid=grid,
         grid_sizes=sizes,
         num_warps=config.warps,
@@ -223,6 +252,8 @@ def epilogue(columns: int, tokens: int, kind: str, finish: Finish, rows: int = 3
 
 def check(a: Operand, b: Operand, depth: int, finish: Finish, config: Config) -> None:
     """ValueError where a product of these operands does not exist."""
+    if config.tma and (a.kind not in ("bf16", "fp16", "fp8", "fp32") or finish.glu or not config.persistent):
+        raise ValueError("product: expected plain or FP8 operands, no gated linear unit and a persistent grid for kernels with descriptors")
     if a.kind != b.kind:
         raise ValueError(f"product: expected operands of one kind, found {a.kind} and {b.kind}")
     if a.kind == "nvfp4" and (depth % 16 or config.depth % 64):

@@ -1,7 +1,7 @@
 """Which backend and which tile serves a product: frozen choices per architecture and shape, with the date and the reason of each row.
 
-`MEASURED` holds what was timed (`benchmarks/kernels_gemm.py --propose` writes candidates); nothing was yet. Without a row for a product `choose`
-takes the vendor's library where there is nothing to fuse and the Triton kernel with the tile of `TILES` elsewhere, and says that this is unmeasured.
+`MEASURED` holds what was timed (`benchmarks/kernels_gemm.py` times both). Without a row for a product `choose` takes the vendor's library where there
+is nothing to fuse and the Triton kernel with the tile of `TILES` elsewhere, and says that this is unmeasured. The CUDA engine has no library.
 
 Nothing here needs torch or triton.
 """
@@ -32,7 +32,6 @@ class Measured:
     rows: int
     plain: bool
     backend: Backend
-    config: Config | None
     date: str
     reason: str
 
@@ -47,8 +46,28 @@ class Choice:
     measured: bool
 
 
-MEASURED: tuple[Measured, ...] = ()
+def _on_h200(kind: str, columns: int, depth: int, plain: bool, backend: Backend, reason: str) -> Measured:
+    return Measured(90, kind, columns, depth, 2640, plain, backend, "2026-11-27", f"{reason} on an H200")
+
+
+# Microseconds of a chunk's 2640 rows. What cuBLASLt's epilogues lack is a pass of its own there; FP8 has a scale a row.
+MEASURED: tuple[Measured, ...] = (
+    _on_h200("bf16", 15744, 2240, True, "cublaslt", "245.7 us, Triton 251.4"),
+    _on_h200("bf16", 2240, 2240, True, "cublaslt", "39.1 us, Triton 43.4"),
+    _on_h200("bf16", 2240, 6720, True, "cublaslt", "114.0 us, Triton 122.7"),
+    _on_h200("bf16", 2240, 2240, False, "cublaslt", "53.6 us with gate, residual and summand, Triton 55.6"),
+    _on_h200("bf16", 13440, 2240, False, "cublaslt", "244.4 us with SiLU, Triton 252.3"),
+    _on_h200("fp8", 15744, 2240, True, "triton", "152.3 us, cuBLASLt 161.8"),
+    _on_h200("fp8", 2240, 2240, True, "cublaslt", "28.8 us, Triton 30.9"),
+    _on_h200("fp8", 2240, 6720, True, "cublaslt", "71.6 us, Triton 77.1"),
+    _on_h200("fp8", 2240, 2240, False, "triton", "40.9 us with gate, residual and summand, cuBLASLt 43.9"),
+    _on_h200("fp8", 13440, 2240, False, "triton", "167.4 us with SiLU, cuBLASLt 186.6"),
+)
 UNMEASURED = "unmeasured"
+# Multiprocessors that a persistent grid of a launch plan counts on, of the largest GPU with that capability; it is right on any number of them.
+MULTIPROCESSORS = {90: 132}
+# Products with at least so many output channels have enough tiles of 256 columns to fill a GPU.
+WIDE = 4096
 
 _INTERPRETER = (0,)
 _DATA_CENTRE = (100, 103)
@@ -57,12 +76,19 @@ _OTHERS = (80, 86, 89, 120, 121)
 _DATE = "2026-11-23"
 _INSPECTED = "not timed: chosen from registers, spills and shared memory of the compiled code, "
 # 65,536 registers and 228 KiB a multiprocessor of sm_90; the others' registers hold 8 warps of these products once.
+_TIMED = "fastest of 24 tiles at the block's shapes on an H200"
 _TWO_PROGRAMS = "at most 128 registers and 104 KiB: two programs a multiprocessor"
 _ONE_PROGRAM = "registers and 64 to 68 KiB: one program a multiprocessor"
 
 
 def _tile(rows: int, columns: int, depth: int, slices: int, group: int = 8) -> dict[str, int]:
     return {"rows": rows, "columns": columns, "depth": depth, "slices": slices, "group": group}
+
+
+def _described(columns: int, depth: int) -> dict[str, int]:
+    """A tile of the kernels with descriptors, one program on a multiprocessor. A wide product visits all tile rows of a chunk together."""
+    wide = columns == 256
+    return {**_tile(128, columns, depth, 4 if wide else 1, group=21 if wide else 4), "tma": True, "persistent": 1}
 
 
 TILES: tuple[Row, ...] = (
@@ -72,6 +98,10 @@ TILES: tuple[Row, ...] = (
     Row("product", _DATA_CENTRE, _tile(128, 128, 64, 4), 8, 4, _DATE, _INSPECTED + "128 KiB", {"kind": "bf16"}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "128 KiB", {"kind": "fp8"}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "54 KiB", {"kind": "nvfp4"}),
+    Row("product", _HOPPER, _described(256, 64), 8, 4, "2026-11-27", _TIMED, {"kind": "bf16", "descriptors": True, "wide": True}),
+    Row("product", _HOPPER, _described(128, 64), 8, 5, "2026-11-27", _TIMED, {"kind": "bf16", "descriptors": True}),
+    Row("product", _HOPPER, _described(256, 128), 8, 4, "2026-11-27", _TIMED, {"kind": "fp8", "descriptors": True, "wide": True}),
+    Row("product", _HOPPER, _described(128, 128), 8, 5, "2026-11-27", _TIMED, {"kind": "fp8", "descriptors": True}),
     Row("product", _HOPPER, _tile(128, 128, 64, 4), 8, 3, _DATE, _INSPECTED + _TWO_PROGRAMS, {"kind": "bf16"}),
     Row(
         "product", _HOPPER, _tile(128, 128, 128, 4), 8, 3, _DATE,
@@ -85,25 +115,31 @@ TILES: tuple[Row, ...] = (
 )  # fmt: skip
 
 
-def default_config(target: int, kind: str, *, glu: bool = False, swizzled: bool = False) -> Config:
-    """Unmeasured tile for operands of `kind`; ValueError for an architecture without one."""
-    row = choose_row(TILES, "product", target, kind="bf16" if kind == "fp16" else kind, swizzled=swizzled)
+def default_config(
+    target: int, kind: str, columns: int, *, glu: bool = False, swizzled: bool = False, batched: bool = False
+) -> Config:
+    """Tile of a product with operands of `kind` and that many output channels; ValueError for an architecture without one.
+
+    batched: a temporal convolution of several batches, whose rows no single descriptor covers.
+    """
+    facts = {"kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": not (glu or batched), "wide": columns >= WIDE}
+    row = choose_row(TILES, "product", target, **facts)
     config = Config(warps=row.num_warps, stages=row.num_stages, **row.settings)
     # A gated linear unit keeps two sums.
     return replace(config, columns=config.columns // 2, slices=2) if glu and target else config
 
 
 def choose(
-    target: int, kind: str, rows: int, columns: int, depth: int, *, plain: bool, glu: bool = False, swizzled: bool = False
+    target: int, kind: str, rows: int, columns: int, depth: int, *, plain: bool, glu: bool = False, swizzled: bool = False, batched: bool = False
 ) -> Choice:
     """The measured row with the fewest rows that covers this product, else the default."""
     fitting = [
         r for r in MEASURED if (r.target, r.kind, r.columns, r.depth, r.plain) == (target, kind, columns, depth, plain) and rows <= r.rows
     ]
-    if fitting:
+    config = default_config(target, kind.removeprefix("temporal."), columns, glu=glu, swizzled=swizzled, batched=batched)
+    if fitting and not (glu or batched):
         best = min(fitting, key=lambda r: r.rows)
-        return Choice(best.backend, best.config, f"{best.date}: {best.reason}", True)
+        return Choice(best.backend, config if best.backend == "triton" else None, f"{best.date}: {best.reason}", True)
     if plain and target and kind in ("bf16", "fp16", "fp8"):
         return Choice("cublaslt", None, f"{UNMEASURED}: nothing to fuse, so the vendor's library", False)
-    config = default_config(target, kind.removeprefix("temporal."), glu=glu, swizzled=swizzled)
     return Choice("triton", config, f"{UNMEASURED}: a fused epilogue saves passes over memory", False)

@@ -119,7 +119,7 @@ def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, con
     columns = weights.shape[0] // (2 if epilogue.glu else 1)
     device, depth = values.device, _depth(values, a)
     finishing = _Finishing(epilogue, (*values.shape[:2], columns), output_dtype(x, epilogue), device, what)
-    config = config or table.default_config(target(device), a.kind, glu=epilogue.glu, swizzled=a.swizzled or b.swizzled)
+    config = config or table.default_config(target(device), a.kind, columns, glu=epilogue.glu, swizzled=a.swizzled or b.swizzled)
     finishing.make_squares(config.columns // config.slices)
     flat = rows(values, f"{what} x")
     if isinstance(x, Nvfp4Tensor) and x.layout == "rows" and flat.stride(0) != flat.shape[1]:
@@ -176,14 +176,20 @@ def temporal_conv(
             )
         before = matching_rows(tail_values, (B, frame, stored), f"{what} tail")
         _aligned(before, f"{what} tail")
-        arguments |= {"tail": before, "tail_row": before.stride(0)}
-        if isinstance(tail, Nvfp4Tensor):
-            arguments["tail_scales"] = tail.scales
     finishing = _Finishing(epilogue, (B, tokens, weights.shape[0]), output_dtype(s, epilogue), values.device, what)
     depth = _depth(values, a)
     if config is None:
-        config = table.choose(target(values.device), f"temporal.{a.kind}", flat.shape[0], weights.shape[0], 3 * depth, plain=False).config
-        assert config is not None
+        chosen = table.choose(target(values.device), f"temporal.{a.kind}", flat.shape[0], weights.shape[0], 3 * depth, plain=False, batched=B > 1)
+        assert chosen.config is not None
+        config = chosen.config
+    if tail is not None and config.tma:
+        # One descriptor reads the tail and what follows it; plans write both into one buffer.
+        together = torch.cat((before, flat))
+        arguments |= {"a": together, "a_row": together.stride(0)}
+    elif tail is not None:
+        arguments |= {"tail": before, "tail_row": before.stride(0)}
+        if isinstance(tail, Nvfp4Tensor):
+            arguments["tail_scales"] = tail.scales
     variant = plans.temporal_conv(a, b, weights.shape[0], depth, frame, tokens, tail is not None, finishing.finish, config)
     launch(variant, arguments | finishing.arguments, **_programs(config, values.device))
     return finishing.result()

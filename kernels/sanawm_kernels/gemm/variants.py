@@ -43,14 +43,14 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
     found: dict[str, KernelVariant] = {}
     for a, b in operands(target):
         for columns, depth, finish in _block_products(sizes, target):
-            config = default_config(target, a.kind, swizzled=a.swizzled)
+            config = default_config(target, a.kind, columns, swizzled=a.swizzled)
             variant = plans.gemm(a, b, columns, depth, sizes.tokens_per_frame, finish, config)
             found[variant.name] = variant
         if not a.row_scales:
             found |= {variant.name: variant for variant in _temporal(sizes, target, a, b)}
     for columns, depth in _outer_products(sizes):
         plain = Operand(KIND)
-        variant = plans.gemm(plain, plain, columns, depth, sizes.tokens_per_frame, Finish(bias=True), default_config(target, KIND))
+        variant = plans.gemm(plain, plain, columns, depth, sizes.tokens_per_frame, Finish(bias=True), default_config(target, KIND, columns))
         found[variant.name] = variant
     for finish in (_residual(), Finish(bias=True, add=True, gate=True), Finish(bias=True, silu=True), Finish(residual=True)):
         variant = plans.epilogue(sizes.hidden, sizes.tokens_per_frame, KIND, finish)
@@ -61,9 +61,10 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
 def emulated(sizes: ModelSizes) -> list[KernelVariant]:
     """The block's NVFP4 products for sm_90, which has no units for them: Triton from 3.9 on multiplies in bfloat16. For numerics, never for speed."""
     fp4, target = Operand("nvfp4"), plans.EMULATED_FP4
-    config, recipe = default_config(target, "nvfp4"), {"quant": "nvfp4", "native": False}
+    recipe = {"quant": "nvfp4", "native": False}
     found: dict[str, KernelVariant] = {}
     for columns, depth, finish in _block_products(sizes, target, [recipe]):
+        config = default_config(target, "nvfp4", columns)
         variant = plans.gemm(fp4, fp4, columns, depth, sizes.tokens_per_frame, finish, config)
         found[variant.name] = variant
     found |= {variant.name: variant for variant in _temporal(sizes, target, fp4, fp4)}
@@ -106,7 +107,7 @@ def _temporal(sizes: ModelSizes, target: int, a: Operand, b: Operand) -> Iterato
         for tail in (False, True):
             tokens = sizes.tokens_per_frame
             yield plans.temporal_conv(
-                a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, tail, finish, default_config(target, a.kind)
+                a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, tail, finish, default_config(target, a.kind, sizes.hidden)
             )
 
 

@@ -86,7 +86,8 @@ def _finite_amax(x: Tensor) -> Tensor:
 
 def _scale_of(amax: Tensor, largest: float) -> Tensor:
     """amax / largest, 1 where amax is 0, never below the smallest normal float32 (a division by it must stay finite)."""
-    scale = (amax / largest).clamp_min(torch.finfo(torch.float32).tiny)
+    # Division by a number is a product with its reciprocal on CUDA, which may be off by a unit in the last place; by a tensor it is exact.
+    scale = (amax / torch.full_like(amax, largest)).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.where(amax > 0, scale, torch.ones_like(scale))
 
 

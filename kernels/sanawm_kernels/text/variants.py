@@ -21,7 +21,7 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
 
 
 def _products(target: int, hidden: int, intermediate: int, queries: int, keys: int) -> Iterator[KernelVariant]:
-    plain, config = Operand(KIND), default_config(target, KIND)
+    plain = Operand(KIND)
     shapes = ((queries + 2 * keys, hidden), (hidden, queries), (2 * intermediate, hidden), (hidden, intermediate))
     for columns, depth in shapes:
-        yield gemm.gemm(plain, plain, columns, depth, 1, Finish(), config)
+        yield gemm.gemm(plain, plain, columns, depth, 1, Finish(), default_config(target, KIND, columns))

@@ -45,8 +45,8 @@ def depthwise_glu(
     entries: dict[str, str | None] = {"x": pointer(kind), "x_row": stride(gated), "taps": pointer(weight), "bias": pointer(weight)}
     entries |= {"out": pointer(kind if keep else None)} | quant_entries(quant)
     signature, absent = arguments(entries)
-    # 64 channels are one 128-byte line; 8 columns divide the latent width of 40; half a column keeps enough programs in flight.
-    tiles = {"BX": min(8, power_of_two(width)), "BC": min(64, power_of_two(gated, 16)), "STRIP": -(-height // 2), "STAGES": 4}
+    # A warp's 64 channels are lines of 128 bytes; 8 columns divide the latent width of 40, and their sums leave room for 12 warps a multiprocessor.
+    tiles = {"BX": min(8, width), "BC": min(64, power_of_two(gated, 16)), "STRIP": height}
     return KernelVariant(
         name=f"tokenwise.depthwise_glu.{height}x{width}.g{gated}.{kind}{other(weight, kind, 'weight')}{quant_name(quant, swizzled, keep)}",
         kernel="sanawm_kernels.tokenwise.depthwise:depthwise_glu",
@@ -56,7 +56,7 @@ def depthwise_glu(
         | {"H": height, "W": width, "G": gated, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native)},
         grid=("cdiv(G, BC)", "cdiv(W, BX) * cdiv(H, STRIP)", "FRAMES"),
         grid_sizes=("FRAMES",),
-        num_warps=4,
+        num_warps=1,
         num_stages=1,
         targets=targets_of(quant),
         hot=True,
@@ -78,7 +78,7 @@ def gate_tiles(kind: str, weight: str, channels: int, heads: int, tokens: int, b
         "HEADS": heads,
         "BH": power_of_two(heads, 16),
         "BS": 16,
-        "BK": min(128, power_of_two(channels, 16)),
+        "BK": min(256, power_of_two(channels, 16)),
     }
     return KernelVariant(
         name=f"tokenwise.gate_tiles.c{channels}.h{heads}.s{tokens}.{'beta_decay' if beta else 'decay'}.{kind}{other(weight, kind, 'weight')}",
@@ -87,8 +87,8 @@ def gate_tiles(kind: str, weight: str, channels: int, heads: int, tokens: int, b
         constexprs=absent | constants | {"PRECISION": "ieee"},
         grid=("cdiv(TOKENS, BS)", "FRAMES", "1"),
         grid_sizes=("FRAMES",),
-        num_warps=4,
-        num_stages=3,
+        num_warps=2,
+        num_stages=4,
         hot=True,
     )
 
@@ -110,7 +110,9 @@ def gate_means(weight: str, heads: int, tokens: int) -> KernelVariant:
 
 
 def _head_constants(heads: int, width: int, tokens: int) -> dict[str, int]:
-    return {"TOKENS": tokens, "HEADS": heads, "D": width, "P": power_of_two(width, 16), "R": 8}
+    first = 1 << (heads.bit_length() - 1)
+    rest = heads - first
+    return {"TOKENS": tokens, "HEADS": heads, "H0": first, "H1": power_of_two(rest) if rest else 0, "D": width, "P": power_of_two(width, 16)}
 
 
 def _head_name(kind: str, weight: str, eps: float, fp8: bool) -> str:
@@ -137,7 +139,7 @@ def rope_heads(kind: str, weight: str, heads: int, width: int, tokens: int, eps:
         kernel=f"{HEADS}:rope_heads",
         signature=signature,
         constexprs=absent | _head_constants(heads, width, tokens) | {"EPS": eps},
-        grid=("cdiv(ROWS, R)", "2", "1"),
+        grid=("ROWS", "2", "1"),
         num_stages=1,
         targets=targets_of("fp8" if fp8 else None),
         hot=True,
@@ -163,7 +165,7 @@ def ucpe_heads(
         kernel=f"{HEADS}:ucpe_heads",
         signature=signature,
         constexprs=absent | _head_constants(heads, width, tokens) | {"RAYS": rays, "EPS": eps, "CLAMP": clamp},
-        grid=("cdiv(ROWS, R)", "3", "1"),
+        grid=("ROWS", "3", "1"),
         num_stages=1,
         targets=targets_of("fp8" if fp8 else None),
         hot=True,
@@ -181,7 +183,7 @@ def inverse_ucpe(kind: str, heads: int, width: int, tokens: int, rays: int) -> K
             "out": f"*{kind}:16", "ROWS": "i32",
         },
         constexprs=_head_constants(heads, width, tokens) | {"RAYS": rays},
-        grid=("cdiv(ROWS, R)", "1", "1"),
+        grid=("ROWS", "1", "1"),
         num_stages=1,
         hot=True,
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Triton kernel of the FFN's depthwise 3x3 convolution with bias and gated linear unit, channels last.
 
-A program walks down BX columns of one frame and one block of channels, value half and gate half together. Of each input row it reads the tile
-shifted by -1, 0 and +1 columns (the second and third from the first-level cache) and adds it to the three output rows it touches, two of which
-wait in registers: nine products an element from three reads, each input byte once from memory.
+A program walks down BX columns of one frame and one block of channels, value half and gate half together. Columns are tensors of their own, so that
+a pixel's neighbours to the left and right are other registers of the same thread: an input row is read once, with a column more on either side,
+and added to the three output rows it touches, two of which wait in registers. The next row is on its way meanwhile.
 """
 
 from __future__ import annotations
@@ -12,79 +12,144 @@ import triton.language as tl
 
 from sanawm_kernels.quant.triton import NO_CODES, NVFP4, nvfp4_blocks, saturate_e4m3, scale_offset
 
-
-@triton.jit
-def _load_row(x, y, first_pixel, x_row, column, channel, present, H: tl.constexpr, W: tl.constexpr):
-    """Row y of the frame as (left, centre, right), zero outside the image; column (BX, 1), channel and present (1, BC)."""
-    at = x + (first_pixel + y * W + column).to(tl.int64) * x_row + channel
-    inside = (y >= 0) & (y < H) & (column < W) & present
-    left = tl.load(at - x_row, mask=inside & (column > 0), other=0.0)
-    centre = tl.load(at, mask=inside, other=0.0)
-    right = tl.load(at + x_row, mask=inside & (column < W - 1), other=0.0)
-    return left, centre, right
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _kernel_row(taps, K: tl.constexpr, channel, present, G: tl.constexpr):
-    """Row K of the 3x3 kernels as three (1, BC) float32 vectors."""
-    at = taps + 3 * K * 2 * G + channel
-    w0 = tl.load(at, mask=present, other=0.0).to(tl.float32)
-    w1 = tl.load(at + 2 * G, mask=present, other=0.0).to(tl.float32)
-    w2 = tl.load(at + 4 * G, mask=present, other=0.0).to(tl.float32)
-    return w0, w1, w2
+def _load_row(x, half: tl.constexpr, inside, pixel, x_row, x0, channel, present, W: tl.constexpr, BX: tl.constexpr):
+    """Columns x0 - 1 to x0 + BX of an image row as two tuples, values and gates `half` apart; zero outside the image.
+
+    pixel: where the row's column x0 is; inside: whether there is such a row.
+    """
+    at = x + pixel.to(tl.int64) * x_row + channel
+    values, gates = (), ()
+    for i in tl.static_range(-1, BX + 1):
+        mask = present & inside
+        if i < 0:
+            mask = mask & (x0 > 0)
+        elif i == BX or W % BX != 0:
+            mask = mask & (x0 + i < W)
+        column = at + i * x_row
+        values = values + (tl.load(column, mask=mask, other=0),)  # type: ignore[assignment] # noqa: RUF005
+        gates = gates + (tl.load(column + half, mask=mask, other=0),)  # type: ignore[assignment] # noqa: RUF005
+    return values, gates
 
 
 @triton.jit
-def _weighted(row, w):
-    return row[0].to(tl.float32) * w[0] + row[1].to(tl.float32) * w[1] + row[2].to(tl.float32) * w[2]
+def _numbers(raw, BC: tl.constexpr):
+    """float32 of a loaded column, whose bfloat16 elements come two in an integer."""
+    if raw.dtype == tl.int32:
+        even, odd = (raw << 16).to(tl.float32, bitcast=True), (raw & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(even, odd), (BC,))
+    else:
+        return raw.to(tl.float32)
+
+
+@triton.jit
+def _all_numbers(raw, BC: tl.constexpr):
+    found = ()
+    for i in tl.static_range(len(raw)):
+        found = found + (_numbers(raw[i], BC),)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _taps(taps, channel, present, G: tl.constexpr):
+    """The nine taps as float32 vectors."""
+    found = ()
+    for i in tl.static_range(9):
+        found = found + (tl.load(taps + i * 2 * G + channel, mask=present, other=0.0).to(tl.float32),)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _filtered(start, columns, taps, K: tl.constexpr, BX: tl.constexpr):
+    """start plus row K of the kernel over an input row, for each of BX columns."""
+    found = ()
+    for i in tl.static_range(BX):
+        y = start[i] + columns[i] * taps[3 * K] + columns[i + 1] * taps[3 * K + 1] + columns[i + 2] * taps[3 * K + 2]
+        found = found + (y,)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _repeated(x, TIMES: tl.constexpr):
+    found = ()
+    for _ in tl.static_range(TIMES):
+        found = found + (x,)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _store(
+    result, out, codes, scales, quant_scale, pixel, i: tl.constexpr, block, shown,
+    G: tl.constexpr, BC: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
+):  # fmt: skip
+    """Store BC channels of pixel + i, from `block` on, plain, quantized, or both; `shown`: whether there is such a pixel."""
+    channel = block + tl.arange(0, BC)
+    mask = (channel < G) & shown
+    if out is not None:
+        tl.store(out + pixel * G + i * G + channel, result, mask=mask)
+    if QUANT == NVFP4:
+        packed, steps = nvfp4_blocks(tl.reshape(result, (1, BC)).to(tl.float32), tl.load(quant_scale), 1, BC // 16, NATIVE)
+        byte = block // 2 + tl.arange(0, BC // 2)
+        tl.store(codes + pixel * (G // 2) + i * (G // 2) + byte, tl.reshape(packed, (BC // 2,)), mask=(byte < G // 2) & shown)
+        sixteen = block // 16 + tl.arange(0, BC // 16)
+        at = scales + scale_offset(pixel + i, sixteen, G // 16, SWIZZLED)
+        tl.store(at, tl.reshape(steps, (BC // 16,)), mask=(sixteen < G // 16) & shown)
+    elif QUANT != NO_CODES:
+        inverse = tl.math.div_rn(1.0, tl.load(quant_scale))
+        tl.store(codes + pixel * G + i * G + channel, saturate_e4m3(result.to(tl.float32) * inverse), mask=mask)
 
 
 @triton.jit
 def depthwise_glu(
     x, x_row, taps, bias, out, codes, scales, quant_scale,
     H: tl.constexpr, W: tl.constexpr, G: tl.constexpr, BX: tl.constexpr, BC: tl.constexpr, STRIP: tl.constexpr,
-    STAGES: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
+    QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
     """Grid (cdiv(G, BC), cdiv(W, BX) * cdiv(H, STRIP), frames). x (frames * H * W, 2G), taps (9, 2G), bias (2G,); STRIP output rows a program."""
-    channel = tl.program_id(0) * BC + tl.arange(0, BC)[None, :]
+    # Two bfloat16 channels wait in one register, where rows allow it.
+    PAIRS: tl.constexpr = x.dtype.element_ty == tl.bfloat16 and G % 16 == 0
+    block = tl.program_id(0) * BC
+    channel = block + tl.arange(0, BC)
     tiles = (W + BX - 1) // BX
-    column = tl.program_id(1) % tiles * BX + tl.arange(0, BX)[:, None]
+    x0 = tl.program_id(1) % tiles * BX
     y0 = tl.program_id(1) // tiles * STRIP
     first_pixel = tl.program_id(2) * (H * W)
     present = channel < G
-    v0, g0 = _kernel_row(taps, 0, channel, present, G), _kernel_row(taps, 0, channel + G, present, G)
-    v1, g1 = _kernel_row(taps, 1, channel, present, G), _kernel_row(taps, 1, channel + G, present, G)
-    v2, g2 = _kernel_row(taps, 2, channel, present, G), _kernel_row(taps, 2, channel + G, present, G)
+    v_taps, g_taps = _taps(taps, channel, present, G), _taps(taps, channel + G, present, G)
     v_bias = tl.load(bias + channel, mask=present, other=0.0).to(tl.float32)
     g_bias = tl.load(bias + G + channel, mask=present, other=0.0).to(tl.float32)
+    if PAIRS:
+        source, unit, step = x.to(tl.pointer_type(tl.int32), bitcast=True), block // 2 + tl.arange(0, BC // 2), x_row.to(tl.int64) // 2
+        half: tl.constexpr = G // 2
+    else:
+        source, unit, step = x, channel, x_row.to(tl.int64)
+        half: tl.constexpr = G
+    here = unit < half
 
-    # v_above waits for output row y - 1, v_here for row y, when input row y arrives.
-    v_above = tl.zeros((BX, BC), tl.float32)
-    g_above = tl.zeros((BX, BC), tl.float32)
-    v_here = v_above + v_bias
-    g_here = g_above + g_bias
-    for step in tl.range(0, STRIP + 2, num_stages=STAGES):
-        y = y0 - 1 + step
-        v_row = _load_row(x, y, first_pixel, x_row, column, channel, present, H, W)
-        g_row = _load_row(x, y, first_pixel, x_row, column, channel + G, present, H, W)
-        value = v_above + _weighted(v_row, v2)
-        gate = g_above + _weighted(g_row, g2)
-        v_above = v_here + _weighted(v_row, v1)
-        g_above = g_here + _weighted(g_row, g1)
-        v_here = v_bias + _weighted(v_row, v0)
-        g_here = g_bias + _weighted(g_row, g0)
-        if (step >= 2) & (y <= H):
-            pixel = (first_pixel + (y - 1) * W + column).to(tl.int64)
-            mask = (column < W) & present
-            result = (value * gate * tl.sigmoid(gate)).to(x.dtype.element_ty)
-            if out is not None:
-                tl.store(out + pixel * G + channel, result, mask=mask)
-            if QUANT == NVFP4:
-                packed, steps = nvfp4_blocks(result.to(tl.float32), tl.load(quant_scale), BX, BC // 16, NATIVE)
-                byte = tl.program_id(0) * (BC // 2) + tl.arange(0, BC // 2)[None, :]
-                tl.store(codes + pixel * (G // 2) + byte, packed, mask=(column < W) & (byte < G // 2))
-                block = tl.program_id(0) * (BC // 16) + tl.arange(0, BC // 16)[None, :]
-                tl.store(scales + scale_offset(pixel, block, G // 16, SWIZZLED), steps, mask=(column < W) & (block < G // 16))
-            elif QUANT != NO_CODES:
-                inverse = tl.math.div_rn(1.0, tl.load(quant_scale))
-                tl.store(codes + pixel * G + channel, saturate_e4m3(result.to(tl.float32) * inverse), mask=mask)
+    # `above` waits for output row y - 1, `here` for row y, when input row y arrives.
+    zero = tl.zeros((BC,), tl.float32)
+    v_above, g_above = _repeated(zero, BX), _repeated(zero, BX)
+    v_here, g_here = _repeated(v_bias, BX), _repeated(g_bias, BX)
+    v_next, g_next = _load_row(source, half, y0 > 0, first_pixel + (y0 - 1) * W + x0, step, x0, unit, here, W, BX)
+    for y in range(y0 - 1, y0 + STRIP + 1):
+        v_row, g_row = _all_numbers(v_next, BC), _all_numbers(g_next, BC)
+        inside = (y + 1 < H) & (y < y0 + STRIP)
+        v_next, g_next = _load_row(source, half, inside, first_pixel + (y + 1) * W + x0, step, x0, unit, here, W, BX)
+        # In this order fewest sums wait in registers.
+        value = _filtered(v_above, v_row, v_taps, 2, BX)
+        v_above = _filtered(v_here, v_row, v_taps, 1, BX)
+        v_here = _filtered(_repeated(v_bias, BX), v_row, v_taps, 0, BX)
+        gate = _filtered(g_above, g_row, g_taps, 2, BX)
+        pixel = (first_pixel + (y - 1) * W + x0).to(tl.int64)
+        done = (y > y0) & (y <= H)
+        for i in tl.static_range(BX):
+            # The square of a reciprocal root costs a third of a division.
+            root = tl.math.rsqrt(1.0 + tl.exp2(gate[i] * -LOG2_E))
+            result = (value[i] * gate[i] * (root * root)).to(x.dtype.element_ty)
+            shown = done & (W % BX == 0 or x0 + i < W)
+            _store(result, out, codes, scales, quant_scale, pixel, i, block, shown, G, BC, QUANT, SWIZZLED, NATIVE)
+        g_above = _filtered(g_here, g_row, g_taps, 1, BX)
+        g_here = _filtered(_repeated(g_bias, BX), g_row, g_taps, 0, BX)

@@ -33,6 +33,11 @@ def _kernel(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for a kernel's descriptors, on the current device and stream."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def launch(variant: KernelVariant, arguments: Mapping[str, Any], **grid_sizes: int) -> None:
     """Run `variant` on the current device; `arguments` are exactly those of its signature."""
     if set(arguments) != set(variant.signature):
@@ -46,6 +51,8 @@ def launch(variant: KernelVariant, arguments: Mapping[str, Any], **grid_sizes: i
         )
     integers = {name: value for name, value in arguments.items() if isinstance(value, int)}
     grid = variant.launch_grid({**integers, **grid_sizes})
+    if first.device.type == "cuda":
+        triton.set_allocator(_scratch)
     with torch.cuda.device_of(first):
         kernel[grid](**arguments, **variant.constexprs, num_warps=variant.num_warps, num_stages=variant.num_stages, **variant.options)
 

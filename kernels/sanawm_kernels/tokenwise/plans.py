@@ -85,6 +85,11 @@ def _row_warps(channels: int) -> int:
     return 4 if channels >= 1024 else 1
 
 
+def rows_of(tokens: int) -> int:
+    """Rows of a program, where `tokens` share their modulation."""
+    return 1
+
+
 @cache
 def update_rows(
     kind: str,
@@ -121,8 +126,11 @@ def update_rows(
     entries |= quant_entries(quant)
     signature, absent = arguments(entries)
     c0, c1 = cover(channels)
+    warps = _row_warps(channels)
     constants = {
         "TOKENS": tokens if framed else 1,
+        "R": rows_of(tokens) if framed else 1,
+        "LANES": 32 * warps,
         "C": channels,
         "C0": c0,
         "C1": c1,
@@ -139,9 +147,9 @@ def update_rows(
         kernel=f"{ROWS}:update_rows",
         signature=signature,
         constexprs=absent | constants,
-        grid=("ROWS", "1", "1"),
+        grid=("cdiv(ROWS, R)", "1", "1"),
         grid_sizes=("ROWS",),
-        num_warps=_row_warps(channels),
+        num_warps=warps,
         num_stages=1,
         targets=targets_of(quant),
         hot=True,
@@ -189,7 +197,7 @@ def norm_rows(kind: str, weight: str, channels: int, eps: float) -> KernelVarian
         name=f"tokenwise.rms_norm.c{channels}{eps_name(eps)}.{kind}{other(weight, kind, 'weight')}",
         kernel=f"{ROWS}:norm_rows",
         signature={"x": f"*{kind}:16", "x_row": stride(channels), "weight": f"*{weight}:16", "out": f"*{kind}:16"},
-        constexprs={"C": channels, "C0": c0, "C1": c1, "EPS": eps},
+        constexprs={"LANES": 32 * _row_warps(channels), "C": channels, "C0": c0, "C1": c1, "EPS": eps},
         grid=("ROWS", "1", "1"),
         grid_sizes=("ROWS",),
         num_warps=_row_warps(channels),

@@ -37,6 +37,26 @@ class Event:
             self._device.driver.cuEventDestroy(handle)
 
 
+class Timestamp:
+    """A point in a stream's order with the time at which the device reached it. Within a recording it becomes part of the graph."""
+
+    def __init__(self, device: Gpu, stream: Any) -> None:
+        self._device, flags = device, device.driver.CUevent_record_flags
+        self.handle = device.call("cuEventCreate", device.driver.CUevent_flags.CU_EVENT_DEFAULT.value)
+        recording = device.recording is stream
+        how = flags.CU_EVENT_RECORD_EXTERNAL if recording else flags.CU_EVENT_RECORD_DEFAULT
+        device.call("cuEventRecordWithFlags", self.handle, stream, how.value)
+
+    def since(self, earlier: Timestamp) -> float:
+        """Seconds from an earlier point to this one; both must have been reached."""
+        return float(self._device.call("cuEventElapsedTime", earlier.handle, self.handle)) / 1e3
+
+    def __del__(self) -> None:
+        handle = getattr(self, "handle", None)
+        if handle is not None and not self._device.closed:
+            self._device.driver.cuEventDestroy(handle)
+
+
 class Gpu(Device):
     """One GPU with streams that its user makes; `driver` can be given for tests."""
 
@@ -45,6 +65,8 @@ class Gpu(Device):
         self._streams: list[Any] = []
         self._modules: list[Any] = []
         self._pinned: dict[int, Any] = {}
+        # The stream of which a graph is being recorded.
+        self.recording: Any = None
 
     def call(self, name: str, *arguments: Any) -> Any:
         """A driver function by name. Raises EngineError for anything but success."""
@@ -95,6 +117,7 @@ class Gpu(Device):
     def pinned(self, nbytes: int) -> NDArray[np.uint8]:
         """Page-locked host memory, which copies run beside kernels from; given back by `unpin` or `close`."""
         address = int(self.call("cuMemHostAlloc", max(nbytes, 1), 0))
+        self.allocations += 1
         self._pinned[address] = address
         block = (ctypes.c_uint8 * max(nbytes, 1)).from_address(address)
         return np.ctypeslib.as_array(block)
@@ -109,12 +132,15 @@ class Gpu(Device):
         """Record what the enclosed calls enqueue on `stream` instead of running it; the list then holds the executable graph."""
         made: list[Any] = []
         self.call("cuStreamBeginCapture", stream, self.driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+        self.recording = stream
         try:
             yield made
         except BaseException:
             # The stream has to leave capture mode; the error that led here is the one to report.
             self.driver.cuStreamEndCapture(stream)
             raise
+        finally:
+            self.recording = None
         graph = self.call("cuStreamEndCapture", stream)
         try:
             made.append(self.call("cuGraphInstantiate", graph, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from sanawm_runtime.engines._cuda_plan import Argument, View
 MAX_INDEX_BYTES = 16 * 2**20
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_THREADS = 1024
+# Triton's kernels keep tensor map descriptors in scratch memory, at multiples of their size.
+SCRATCH_ALIGNMENT = 128
 _SIZES = {"i8": 1, "i32": 4, "u32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 _C_TYPES: Mapping[str, Any] = {
     "i8": ctypes.c_int8, "i32": ctypes.c_int32, "u32": ctypes.c_uint32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "fp64": ctypes.c_double,
@@ -43,7 +46,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel: file of its cubin, entry point, parameters with their places, hidden pointers that follow them (given as null)."""
+    """A compiled kernel: file of its cubin, entry point, parameters with their places, hidden pointers that follow them.
+
+    The first hidden pointer leads to `scratch_bytes` for each program of a launch; without these it is null, as the others are.
+    """
 
     name: str
     file: str
@@ -54,6 +60,7 @@ class Kernel:
     parameters: tuple[tuple[int, ...], ...]
     num_warps: int
     shared_bytes: int
+    scratch_bytes: int
     sha256: str
 
     def __post_init__(self) -> None:
@@ -62,8 +69,14 @@ class Kernel:
         if [p[1] for p in self.parameters] != sizes:
             found = [p[1] for p in self.parameters]
             raise BundleError(f"kernel {self.name}: its code takes parameters of {found} bytes, its index lists {sizes}; rebuild the bundle")
+        if self.scratch_bytes < 0 or (self.scratch_bytes and not self.hidden):
+            raise BundleError(f"kernel {self.name}: {self.scratch_bytes} bytes of scratch memory without a pointer to them; rebuild the bundle")
         if not 0 < self.num_warps * 32 <= MAX_THREADS:
             raise BundleError(f"kernel {self.name}: {self.num_warps} warps do not make a block; rebuild the bundle")
+
+    def scratch(self, grid: tuple[int, int, int]) -> int:
+        """Bytes of scratch memory that a launch takes."""
+        return self.scratch_bytes * math.prod(grid)
 
     @property
     def threads(self) -> int:
@@ -89,13 +102,16 @@ def read_index(data: bytes, what: str) -> dict[str, Kernel]:
 
 
 class Arguments:
-    """Parameters of one launch in host memory; `address` is what the driver takes."""
+    """Parameters of one launch in host memory; `address` is what the driver takes. `scratch` is the address of its scratch memory."""
 
-    def __init__(self, kernel: Kernel, values: Sequence[int | float]) -> None:
+    def __init__(self, kernel: Kernel, values: Sequence[int | float], scratch: int = 0) -> None:
         if len(values) != len(kernel.arguments):
             raise EngineError(f"kernel {kernel.name} takes {len(kernel.arguments)} arguments, found {len(values)}; rebuild the bundle")
         packed = [_value(kernel, parameter, value) for parameter, value in zip(kernel.arguments, values)]
-        self._values = packed + [ctypes.c_void_p() for _ in kernel.hidden]
+        if kernel.scratch_bytes and (scratch <= 0 or scratch % SCRATCH_ALIGNMENT):
+            raise EngineError(f"kernel {kernel.name} needs scratch memory aligned to {SCRATCH_ALIGNMENT}, found address {scratch}")
+        hidden = [scratch if i == 0 and kernel.scratch_bytes else None for i in range(len(kernel.hidden))]
+        self._values = packed + [ctypes.c_void_p(address) for address in hidden]
         self._array = (ctypes.c_void_p * len(self._values))(*(ctypes.addressof(v) for v in self._values))
         self.address = ctypes.addressof(self._array)
 
@@ -115,7 +131,9 @@ def _value(kernel: Kernel, parameter: Parameter, value: int | float) -> Any:
     return packed
 
 
-def pack(kernel: Kernel, arguments: Mapping[str, Argument], place: Callable[[View], int], scalars: Mapping[str, int | float]) -> Arguments:
+def pack(
+    kernel: Kernel, arguments: Mapping[str, Argument], place: Callable[[View], int], scalars: Mapping[str, int | float], scratch: int = 0
+) -> Arguments:
     """Parameters of a launch: views at the addresses that `place` gives, numbers as they are or as `scalars` says. Raises EngineError."""
     if set(arguments) != {p.name for p in kernel.arguments}:
         wrong = sorted(set(arguments) ^ {p.name for p in kernel.arguments})
@@ -124,7 +142,7 @@ def pack(kernel: Kernel, arguments: Mapping[str, Argument], place: Callable[[Vie
     for parameter in kernel.arguments:
         value = arguments[parameter.name]
         values.append(place(value) if isinstance(value, View) else scalars.get(parameter.name, value))
-    return Arguments(kernel, values)
+    return Arguments(kernel, values, scratch)
 
 
 def check_grid(kernel: Kernel, grid: tuple[int, int, int]) -> None:

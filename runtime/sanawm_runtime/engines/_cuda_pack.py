@@ -25,8 +25,8 @@ Encoding = Literal["plain", "fp8_codes", "fp8_scales", "nvfp4_codes", "nvfp4_sca
 
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "uint8": np.uint8, "bool": np.uint8}
 E4M3_MAX, E2M1_MAX, BLOCK = 448.0, 6.0, 16
-# Elements that are rounded at once.
-PIECE = 1 << 22
+# Elements that are rounded at once: few enough to stay in a core's cache.
+PIECE = 1 << 18
 # Operations that compute with the weights, which must be rounded first.
 _SUMMED = ("frame_conv", "gain", "modulation")
 
@@ -82,7 +82,7 @@ class Packed:
             return modulation_rows(self, read)
         # What is only moved is rounded where it is stored: the largest tensor has 2 GB, and a copy less of it is worth a line.
         rounding = "float32" if self.dtype == self.rounding and self.encoding == "plain" and self.op not in _SUMMED else self.rounding
-        parts = [round_to(read(s.name, s.shape), rounding) if s.name else np.zeros(s.shape, np.float32) for s in self.sources]
+        parts = [_rounded(read(s.name, s.shape), rounding) if s.name else np.zeros(s.shape, np.float32) for s in self.sources]
         if self.op == "gain":
             return parts[0] + np.float32(1)
         if self.op == "frame_conv":
@@ -105,13 +105,24 @@ class Packed:
         return sum(s.shape[0] for s in self.sources) if self.encoding == "nvfp4_global" else self.shape[0]
 
 
-def _bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """bfloat16 bits, some rows at a time: the rounding's own tensors would be five times as large as the result."""
-    result = np.empty(values.shape, np.uint16)
+def _by_rows(values: NDArray[np.float32], dtype: Any, action: Callable[[NDArray[np.float32], slice], Array]) -> Array:
+    """`action` on some rows at a time, given where they are: its own tensors would be many times as large as the result."""
+    result = np.empty(values.shape, dtype)
     step = max(1, PIECE * len(values) // max(1, values.size))
     for start in range(0, len(values), step):
-        result[start : start + step] = to_bits(values[start : start + step])
+        rows = slice(start, start + step)
+        result[rows] = action(values[rows], rows)
     return result
+
+
+def _bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """bfloat16 bits."""
+    return _by_rows(values, np.uint16, lambda rows, _: to_bits(rows))
+
+
+def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """What `round_to` gives."""
+    return values if dtype == "float32" else _by_rows(values, np.float32, lambda rows, _: round_to(rows, dtype))
 
 
 def _frame_convolution(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -170,13 +181,15 @@ def _e4m3_values() -> NDArray[np.float32]:
 
 
 def to_e4m3(values: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """float32 to e4m3 codes: nearest, ties to even, saturating."""
-    magnitude = np.minimum(np.abs(values.astype(np.float64)), E4M3_MAX)
-    # Ties: scaled to units of the last place, numpy's rint rounds half to even.
-    exponent = np.maximum(np.floor(np.log2(np.where(magnitude > 0, magnitude, 1.0))), -6)
-    rounded = np.rint(magnitude / 2.0 ** (exponent - 3)) * 2.0 ** (exponent - 3)
-    code = np.searchsorted(_e4m3_values(), rounded.astype(np.float32)).astype(np.uint8)
-    return np.where(np.signbit(values), code + np.uint8(128), code).astype(np.uint8)
+    """float32 to e4m3 codes: nearest, ties to even, saturating; NaN stays NaN."""
+    magnitude = np.minimum(np.abs(values), np.float32(E4M3_MAX))
+    bits = magnitude.view(np.uint32)
+    # The upper three bits of the mantissa stay; 120 is the difference of the exponents' biases.
+    code = ((bits + (((bits >> 20) & 1) + np.uint32(0x7FFFF))) >> 20) - np.uint32(120 << 3)
+    # Below the smallest normal number codes count 2**-9; numpy's rint rounds half to even.
+    code = np.where(magnitude < np.float32(2.0**-6), np.rint(magnitude * np.float32(512)), code).astype(np.uint8)
+    code = np.where(np.isnan(magnitude), np.uint8(127), code)
+    return np.where(np.signbit(values), code | np.uint8(128), code)
 
 
 def from_e4m3(codes: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -189,6 +202,11 @@ def _fp8_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """One scale a row, its largest magnitude over 448; 1 for a row of zeros."""
     largest = np.abs(rows).max(1)
     return np.where(largest > 0, np.maximum(largest / np.float32(E4M3_MAX), np.finfo(np.float32).tiny), np.float32(1)).astype(np.float32)
+
+
+def _fp8_codes(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    scales = _fp8_scales(rows)[:, None]
+    return _by_rows(rows, np.uint8, lambda some, where: to_e4m3(some / scales[where]))
 
 
 def _nvfp4_global(rows: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -219,7 +237,7 @@ def _nvfp4_codes(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 _ENCODINGS: Mapping[str, Callable[[NDArray[np.float32]], Array]] = {
     "plain": lambda rows: rows,
-    "fp8_codes": lambda rows: to_e4m3(rows / _fp8_scales(rows)[:, None]),
+    "fp8_codes": _fp8_codes,
     "fp8_scales": _fp8_scales,
     "nvfp4_codes": _nvfp4_codes,
     "nvfp4_scales": _nvfp4_scales,

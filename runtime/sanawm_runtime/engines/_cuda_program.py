@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sanawm.errors import EngineError
 from sanawm_runtime.engines._cuda_device import Gpu
 from sanawm_runtime.engines._cuda_kernels import Arguments, Kernel, check_grid, pack
-from sanawm_runtime.engines._cuda_plan import ITEM_BYTES, WEIGHT_PREFIX, Copy, Plan, View
+from sanawm_runtime.engines._cuda_plan import ITEM_BYTES, WEIGHT_PREFIX, Copy, Launch, Plan, View
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ class _Rows:
         device.copy_rows(self.to, self.to_pitch, self.source, self.source_pitch, self.width, self.rows, stream)
 
 
+def kernel_scratch(plan: Plan, kernels: Callable[[str], Loaded]) -> int:
+    """Most bytes of scratch memory that a kernel of the plan takes."""
+    return max((kernels(step.kernel).kernel.scratch(step.grid) for step in plan.steps if isinstance(step, Launch)), default=0)
+
+
 class BoundProgram:
     """A plan's launches with their arguments packed for given buffers."""
 
@@ -55,8 +60,12 @@ class BoundProgram:
         weights: Mapping[str, int],
         arena: int,
         scalars: Mapping[str, int | float] | None = None,
+        scratch: int = 0,
     ) -> None:
-        """`addresses` of inputs and outputs by name, `weights` by packed name; `scalars` replace numbers of the plan by argument name."""
+        """`addresses` of inputs and outputs by name, `weights` by packed name; `scalars` replace numbers of the plan by argument name.
+
+        `scratch`: address of `kernel_scratch` bytes, which launches that run one after the other may share.
+        """
 
         def place(view: View) -> int:
             buffer = plan.buffers[view.buffer]
@@ -74,11 +83,14 @@ class BoundProgram:
                 continue
             loaded = kernels(step.kernel)
             check_grid(loaded.kernel, step.grid)
-            self._steps.append(_Launch(loaded, step.grid, pack(loaded.kernel, step.arguments, place, scalars or {})))
+            self._steps.append(_Launch(loaded, step.grid, pack(loaded.kernel, step.arguments, place, scalars or {}, scratch)))
 
     def enqueue(self, device: Gpu, stream: Any) -> None:
         for step in self._steps:
             step.enqueue(device, stream)
+
+    def __iter__(self) -> Iterator[_Launch | _Rows]:
+        return iter(self._steps)
 
     def __len__(self) -> int:
         return len(self._steps)

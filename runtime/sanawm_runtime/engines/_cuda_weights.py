@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import itertools
+import os
 import struct
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +24,9 @@ from sanawm_runtime.engines._cuda_plan import ALIGNMENT
 MAX_TABLE_BYTES = 64 * 2**20
 # Pinned memory that a piece of a weight passes through; two of them, so that filling one overlaps sending the other.
 STAGE_BYTES = 32 * 2**20
+# Threads that make weights from a seed, and the packed bytes that they may be ahead; in float32 these are four times as large.
+MAKERS = 16
+AHEAD_BYTES = 3 * 2**30
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,7 @@ def contents(table: WeightTable, bundle: Bundle) -> Iterator[tuple[Packed, NDArr
     """Each packed tensor's bytes, in the table's order. Raises BundleError for a file that does not hold them."""
     if table.file is None:
         assert table.seed is not None
-        read = synthetic_reader(table.seed)
-        for packed in table.tensors:
-            yield packed, packed.make(read).reshape(-1).view(np.uint8)
+        yield from _made(table.tensors, table.seed)
         return
     view = bundle.open_verified(table.file)
     places = safetensors_places(view, table.file)
@@ -73,6 +78,29 @@ def contents(table: WeightTable, bundle: Bundle) -> Iterator[tuple[Packed, NDArr
         if end - start != packed.nbytes:
             raise BundleError(f"{table.file}: {packed.name} is missing or has another size than its table says; rebuild the bundle")
         yield packed, np.frombuffer(view[start:end], np.uint8)
+
+
+def _made(tensors: tuple[Packed, ...], seed: int) -> Iterator[tuple[Packed, NDArray[np.uint8]]]:
+    """Tensors made from a seed on all cores; those in a row that are made of the same sources are made together."""
+
+    def make(group: list[Packed]) -> list[tuple[Packed, NDArray[np.uint8]]]:
+        read = synthetic_reader(seed)
+        return [(packed, packed.make(read).reshape(-1).view(np.uint8)) for packed in group]
+
+    groups = [list(group) for _, group in itertools.groupby(tensors, lambda packed: packed.sources)]
+    sizes = [sum(packed.nbytes for packed in group) for group in groups]
+    threads = min(MAKERS, os.cpu_count() or 1)
+    under_way: deque[tuple[int, concurrent.futures.Future[list[tuple[Packed, NDArray[np.uint8]]]]]] = deque()
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        try:
+            for group, size in zip(groups, sizes):
+                while under_way and (len(under_way) >= 2 * threads or sum(n for n, _ in under_way) + size > AHEAD_BYTES):
+                    yield from under_way.popleft()[1].result()
+                under_way.append((size, pool.submit(make, group)))
+            while under_way:
+                yield from under_way.popleft()[1].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def safetensors_places(view: memoryview, what: str) -> dict[str, tuple[int, int]]:

@@ -33,7 +33,10 @@ def _name(driver: Any, code: Any) -> str:
 
 
 class Device:
-    """One GPU's primary context with one stream, which everything here is ordered on. `driver` can be given for tests."""
+    """One GPU's primary context with one stream, which everything here is ordered on. `driver` can be given for tests.
+
+    `allocations` counts the blocks of memory that were ever asked for, `held_bytes` are those of the device now, `peak_bytes` at most.
+    """
 
     def __init__(self, index: int = 0, driver: Any = None) -> None:
         self.driver = driver if driver is not None else load_driver()
@@ -41,7 +44,9 @@ class Device:
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         self.activate()
         self.stream = self._call("cuStreamCreate", self.driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value)
-        self._memory: set[int] = set()
+        self._memory: dict[int, int] = {}
+        self.allocations = 0
+        self.held_bytes = self.peak_bytes = 0
         self._closed = False
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -76,6 +81,11 @@ class Device:
         code, free, _ = self.driver.cuMemGetInfo()
         return int(free) if code == self.driver.CUresult.CUDA_SUCCESS else 0
 
+    def used_bytes(self) -> int:
+        """Bytes of the device's memory that are taken, by this process and by others, with what the driver keeps for contexts and graphs."""
+        code, free, total = self.driver.cuMemGetInfo()
+        return int(total) - int(free) if code == self.driver.CUresult.CUDA_SUCCESS else 0
+
     def allocate(self, nbytes: int) -> int:
         """Address of new device memory. Raises EngineError when there is not enough."""
         code, address = self.driver.cuMemAlloc(max(nbytes, 1))
@@ -83,12 +93,15 @@ class Device:
             free = self.free_bytes() / 2**30
             wanted = nbytes / 2**30
             raise EngineError(f"the GPU has no room for {wanted:.2f} GiB more ({free:.2f} GiB free); close other programs or free the encoders")
-        self._memory.add(int(address))
+        self._memory[int(address)] = nbytes
+        self.allocations += 1
+        self.held_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
         return int(address)
 
     def free(self, address: int) -> None:
         if address in self._memory:
-            self._memory.remove(address)
+            self.held_bytes -= self._memory.pop(address)
             self._call("cuMemFree", address)
 
     def copy_in(self, address: int, values: NDArray) -> None:

@@ -7,6 +7,7 @@ was written and read, so work on different streams waits for what it needs and f
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,50 +16,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sanawm.bfloat16 import from_bits, to_bits
+from sanawm.bfloat16 import to_bits
 from sanawm.errors import EngineError
 from sanawm.programs import TensorSpec
 from sanawm_runtime.bundle import Bundle
-from sanawm_runtime.engines._cuda_device import Event, Gpu, check_capability
+from sanawm_runtime.engines._cuda_buffers import STORAGE, CudaBuffer, PendingRead, own
+from sanawm_runtime.engines._cuda_device import Event, Gpu, Timestamp, check_capability
 from sanawm_runtime.engines._cuda_kernels import Kernel, read_index
 from sanawm_runtime.engines._cuda_plan import Plan
-from sanawm_runtime.engines._cuda_program import BoundProgram, Loaded
+from sanawm_runtime.engines._cuda_program import BoundProgram, Loaded, kernel_scratch
+from sanawm_runtime.engines._cuda_staging import Staging
 from sanawm_runtime.engines._cuda_weights import read_table, upload
 from sanawm_runtime.engines.base import Buffer, Engine
 
 # Graphs of one program for different buffers: a stream alternates two sets of state, and a few streams may share an engine.
 GRAPHS = 16
-_STORAGE: Mapping[str, Any] = {"float32": np.float32, "bfloat16": np.uint16, "int64": np.int64, "bool": np.bool_, "uint8": np.uint8}
-
-
-class CudaBuffer(Buffer):
-    """Device memory of a tensor, with the last points at which it was written and read."""
-
-    def __init__(self, spec: TensorSpec, device: Gpu) -> None:
-        super().__init__(spec)
-        self._device = device
-        self.address = device.allocate(spec.nbytes)
-        self.written: Event | None = None
-        self.readers: dict[int, Event] = {}
-
-    def __del__(self) -> None:
-        if hasattr(self, "address") and not self._device.closed:
-            self._device.free(self.address)  # the driver waits until nothing uses it
-
-
-@dataclass(frozen=True)
-class PendingRead:
-    """A copy to the host under way; `result` waits for it."""
-
-    spec: TensorSpec
-    host: NDArray[np.uint8]
-    done: Event
-
-    def result(self) -> NDArray:
-        """The content, valid until two further reads or writes of the engine began."""
-        self.done.synchronize()
-        stored = self.host[: self.spec.nbytes].view(_STORAGE[self.spec.dtype]).reshape(self.spec.shape)
-        return from_bits(stored) if self.spec.dtype == "bfloat16" else stored
+# Timesteps of chunks on the device: bytes of one chunk's, and chunks that room is made for at once.
+ROW_BYTES, ROW_TABLES = 4096, 16
 
 
 @dataclass
@@ -80,21 +54,26 @@ class _Program:
 class CudaEngine(Engine):
     """Runs the plans of a bundle. `device` can be given for tests."""
 
+    whole_chunks = True
+
     def __init__(self, bundle: Bundle, device: Gpu | None = None) -> None:
         self._bundle = bundle
         self._device = device or Gpu()
         check_capability(self._device, bundle.manifest.target.capability)
         self._streams = {name: self._device.new_stream() for name in ("transformer", "other", "copy")}
         self._arenas: dict[str, int] = {}
+        self._scratch: dict[str, list[tuple[int, int]]] = {}
         self._arena_bytes = self._largest_arenas()
         self._programs: dict[str, _Program] = {}
         self._parts: dict[str, _Part] = {}
         self._indices: dict[str, dict[str, Kernel]] = {}
         self._functions: dict[str, Loaded] = {}
-        self._stages: list[tuple[NDArray[np.uint8], Event | None]] = []
-        self._turn = 0
+        pixels = (t for entry in bundle.manifest.programs.values() for t in entry.outputs if t.dtype == "uint8")
+        self._outward = Staging(self._device, 4)
+        self._inward = Staging(self._device, 1, max((math.prod(t.shape) for t in pixels), default=0))
         self._chunks: OrderedDict[tuple[Any, ...], tuple[list[BoundProgram], Any]] = OrderedDict()
-        self._rows: dict[bytes, CudaBuffer] = {}
+        self._rows: dict[bytes, int] = {}
+        self._row_blocks: list[int] = []
         self._closed = False
 
     def _largest_arenas(self) -> dict[str, int]:
@@ -116,6 +95,25 @@ class CudaEngine(Engine):
         """The GPU, for its name and driver."""
         return self._device
 
+    def stream_of(self, program: str) -> str:
+        """Name of the stream that a program of the bundle runs on."""
+        return _stream_of(str(self._bundle.manifest.programs[program].extras.get("weights", "")))
+
+    def timestamp(self, stream: str, after: Iterable[Buffer] = ()) -> Timestamp:
+        """A point behind all that was enqueued on "transformer", "other" or "copy" so far, and behind what was written to the buffers of `after`."""
+        self._check_open()
+        for buffer in after:
+            if (written := own(buffer).written) is not None:
+                written.wait(self._streams[stream])
+        return Timestamp(self._device, self._streams[stream])
+
+    def steps(self, program: str, buffers: Mapping[str, Buffer]) -> tuple[BoundProgram, Any]:
+        """A program's launches for these buffers and the stream that they belong on, to be measured one by one."""
+        self.load(program)
+        loaded = self._programs[program]
+        bound = {name: self._bound(loaded, name, buffers) for name, b in loaded.plan.buffers.items() if b.role in ("input", "output")}
+        return self._bind(loaded, bound, {}), self._streams[_stream_of(loaded.part)]
+
     def synchronize(self) -> None:
         """Wait until everything that was enqueued is done."""
         self._check_open()
@@ -125,55 +123,46 @@ class CudaEngine(Engine):
 
     def allocate(self, spec: TensorSpec) -> CudaBuffer:
         self._check_open()
-        if spec.dtype not in _STORAGE:
+        if spec.dtype not in STORAGE:
             raise EngineError(f"{spec.name} is {spec.dtype}, which the cuda engine does not hold; rebuild the bundle")
         return CudaBuffer(spec, self._device)
 
     def write(self, buffer: Buffer, values: NDArray) -> None:
-        target = _own(buffer)
+        target = own(buffer)
         if tuple(values.shape) != target.spec.shape:
             raise EngineError(f"{target.spec.name} takes shape {target.spec.shape}, found {values.shape}")
-        stored = to_bits(np.asarray(values, np.float32)) if target.spec.dtype == "bfloat16" else values.astype(_STORAGE[target.spec.dtype])
-        host = self._stage(target.spec.nbytes)
-        host[: target.spec.nbytes] = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+        stored = to_bits(np.asarray(values, np.float32)) if target.spec.dtype == "bfloat16" else values.astype(STORAGE[target.spec.dtype])
+        host = self._outward.take(target.spec.nbytes)
+        piece = host[: target.spec.nbytes]
+        piece[:] = np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
         stream = self._streams["copy"]
-        self._staged(self._enqueue(stream, (), (target,), lambda: self._device.send(target.address, host[: target.spec.nbytes], stream)))
+        self._outward.give(host, self._enqueue(stream, (), (target,), lambda: self._device.send(target.address, piece, stream)))
 
     def read_later(self, buffer: Buffer) -> PendingRead:
-        """Begin a copy to the host, which runs beside later work."""
-        source = _own(buffer)
-        host = self._stage(source.spec.nbytes)
+        source = own(buffer)
+        host = self._inward.take(source.spec.nbytes)
         stream = self._streams["copy"]
         done = self._enqueue(stream, (source,), (), lambda: self._device.fetch(host[: source.spec.nbytes], source.address, stream))
-        self._staged(done)
-        return PendingRead(source.spec, host, done)
+        return PendingRead(source.spec, self._inward, host, done)
 
     def read(self, buffer: Buffer) -> NDArray:
-        return np.array(self.read_later(buffer).result())
-
-    def _stage(self, nbytes: int) -> NDArray[np.uint8]:
-        """The pinned block whose turn it is, once the copy that used it before is done."""
-        while len(self._stages) < 2:
-            self._stages.append((self._device.pinned(nbytes), None))
-        host, used = self._stages[self._turn]
-        if used is not None:
-            used.synchronize()
-        if len(host) < nbytes:
-            # The smaller block stays until the engine closes: a reader may still look at it.
-            host = self._device.pinned(nbytes)
-            self._stages[self._turn] = (host, None)
-        return host
-
-    def _staged(self, done: Event) -> None:
-        self._stages[self._turn] = (self._stages[self._turn][0], done)
-        self._turn = 1 - self._turn
+        return self.read_later(buffer).result()
 
     def copy(self, source: Buffer, target: Buffer) -> None:
-        a, b = _own(source), _own(target)
+        a, b = own(source), own(target)
         if (a.spec.dtype, a.spec.shape) != (b.spec.dtype, b.spec.shape):
             raise EngineError(f"cannot copy {a.spec.dtype}{list(a.spec.shape)} into {b.spec.dtype}{list(b.spec.shape)}")
         stream, size = self._streams["transformer"], a.spec.nbytes
         self._enqueue(stream, (a,), (b,), lambda: self._device.copy_rows(b.address, size, a.address, size, size, 1, stream))
+
+    def copy_frame(self, source: Buffer, index: int, target: Buffer) -> None:
+        a, b = own(source), own(target)
+        _, channels, frames, *grid = a.spec.shape
+        if (b.spec.dtype, b.spec.shape) != (a.spec.dtype, (1, channels, 1, *grid)) or not 0 <= index < frames:
+            raise EngineError(f"cannot copy frame {index} of {a.spec.dtype}{list(a.spec.shape)} into {b.spec.dtype}{list(b.spec.shape)}")
+        stream, size = self._streams["other"], b.spec.nbytes // channels
+        address = a.address + index * size
+        self._enqueue(stream, (a,), (b,), lambda: self._device.copy_rows(b.address, size, address, frames * size, size, channels, stream))
 
     def _enqueue(self, stream: Any, reads: Iterable[CudaBuffer], writes: Iterable[CudaBuffer], action: Callable[[], None]) -> Event:
         """Run `action` on a stream after everything that its buffers wait for; returns the point after it."""
@@ -213,6 +202,7 @@ class CudaEngine(Engine):
             self._parts[weights] = _Part(block, addresses, set())
         for name in plan.kernels():
             self._kernel(str(entry.extras.get("kernels", "")), name)
+        self._scratch_of(_stream_of(weights), kernel_scratch(plan, self._functions.__getitem__))
         self._parts[weights].users.add(program)
         self._programs[program] = _Program(plan, weights)
 
@@ -248,7 +238,7 @@ class CudaEngine(Engine):
         self._replay(program, program, buffers, {})
 
     def euler(self, latents: Buffer, velocity: Buffer, size: float, keep_first: bool) -> None:
-        name = f"euler.{_own(latents).spec.shape[2]}"
+        name = f"euler.{own(latents).spec.shape[2]}"
         self.load(name)
         self._replay(name, name, {"latents": latents, "velocity": velocity}, {"size": float(np.float32(size)), "KEPT": int(keep_first)})
 
@@ -276,11 +266,7 @@ class CudaEngine(Engine):
     def run_chunk(
         self, kind: str, buffers: Mapping[str, Buffer], timesteps: NDArray[np.float32], sizes: Sequence[float], keep_first: bool
     ) -> None:
-        """A chunk's denoising steps and its clean pass as one graph: what `denoise_<kind>` and `euler` step by step and `commit_<kind>` do.
-
-        buffers: all inputs and outputs of both programs; `latents` are denoised in place, `timestep` and `velocity` are scratch. timesteps
-        (steps, frames); sizes: sigma - sigma_next of each step.
-        """
+        """One graph, see `Engine.run_chunk`."""
         denoise, commit = f"denoise_{kind}", f"commit_{kind}"
         euler = f"euler.{timesteps.shape[1]}"
         for name in (denoise, commit, euler):
@@ -294,7 +280,7 @@ class CudaEngine(Engine):
         table = self._timestep_rows(timesteps)
         stream = self._streams["transformer"]
         written = {"latents", "timestep", "velocity"} | {n for n, b in self._programs[commit].plan.buffers.items() if b.role == "output"}
-        key = (kind, table.address, keep_first, *sizes, *(bound[name].address for name in sorted(bound)))
+        key = (kind, table, keep_first, *sizes, *(bound[name].address for name in sorted(bound)))
         if key not in self._chunks:
             scalars = [{"size": float(np.float32(size)), "KEPT": int(keep_first)} for size in sizes]
             steps = [self._bind(self._programs[euler], bound, numbers) for numbers in scalars]
@@ -302,7 +288,7 @@ class CudaEngine(Engine):
             row = timesteps.shape[1] * 4
             with self._device.record(stream) as made:
                 for i, step in enumerate(steps):
-                    self._device.copy_rows(bound["timestep"].address, row, table.address + i * row, row, row, 1, stream)
+                    self._device.copy_rows(bound["timestep"].address, row, table + i * row, row, row, 1, stream)
                     first.enqueue(self._device, stream)
                     step.enqueue(self._device, stream)
                 last.enqueue(self._device, stream)
@@ -312,15 +298,24 @@ class CudaEngine(Engine):
             self._chunks[key] = ([first, *steps, last], made[0])
         self._chunks.move_to_end(key)
         graph = self._chunks[key][1]
-        reads = [table, *(buffer for name, buffer in bound.items() if name not in written)]
+        reads = [buffer for name, buffer in bound.items() if name not in written]
         self._enqueue(stream, reads, [bound[name] for name in sorted(written)], lambda: self._device.call("cuGraphLaunch", graph, stream))
 
-    def _timestep_rows(self, timesteps: NDArray[np.float32]) -> CudaBuffer:
-        """The rows on the device; a schedule's rows are sent once."""
+    def _timestep_rows(self, timesteps: NDArray[np.float32]) -> int:
+        """Address of the rows on the device; a schedule's rows are sent once, and the next few have their place already."""
         key = timesteps.tobytes()
+        if len(key) > ROW_BYTES:
+            raise EngineError(f"{timesteps.size} timesteps in one chunk are more than {ROW_BYTES // 4}; use a schedule of fewer steps")
         if key not in self._rows:
-            self._rows[key] = self.allocate(TensorSpec("timesteps", "float32", timesteps.shape))
-            self.write(self._rows[key], timesteps)
+            place = len(self._rows) % ROW_TABLES
+            if not place:
+                self._row_blocks.append(self._device.allocate(ROW_BYTES * ROW_TABLES))
+            self._rows[key] = self._row_blocks[-1] + place * ROW_BYTES
+            host, stream = self._outward.take(len(key)), self._streams["copy"]
+            host[: len(key)] = np.frombuffer(key, np.uint8)
+            self._device.send(self._rows[key], host[: len(key)], stream)
+            self._device.call("cuStreamSynchronize", stream)
+            self._outward.give(host)
         return self._rows[key]
 
     def _bind(self, loaded: _Program, bound: Mapping[str, CudaBuffer], scalars: Mapping[str, int | float]) -> BoundProgram:
@@ -328,13 +323,22 @@ class CudaEngine(Engine):
         if name not in self._arenas:
             self._arenas[name] = self._device.allocate(self._arena_bytes[name])
         addresses = {key: buffer.address for key, buffer in bound.items()}
-        return BoundProgram(loaded.plan, self._functions.__getitem__, addresses, self._parts[loaded.part].addresses, self._arenas[name], scalars)
+        kernels, weights = self._functions.__getitem__, self._parts[loaded.part].addresses
+        scratch = self._scratch_of(name, kernel_scratch(loaded.plan, kernels))
+        return BoundProgram(loaded.plan, kernels, addresses, weights, self._arenas[name], scalars, scratch)
+
+    def _scratch_of(self, stream: str, nbytes: int) -> int:
+        """Address of the kernels' scratch memory on a stream. Blocks that became too small stay: recorded graphs name them."""
+        blocks = self._scratch.setdefault(stream, [])
+        if nbytes and (not blocks or blocks[-1][1] < nbytes):
+            blocks.append((self._device.allocate(nbytes), nbytes))
+        return blocks[-1][0] if blocks else 0
 
     def _bound(self, loaded: _Program, name: str, buffers: Mapping[str, Buffer]) -> CudaBuffer:
         wanted, given = loaded.plan.buffers[name], buffers.get(name)
         if given is None:
             raise EngineError(f"{loaded.plan.program} needs a buffer for '{name}', and none was bound")
-        buffer = _own(given)
+        buffer = own(given)
         if (buffer.spec.dtype, buffer.spec.shape) != (wanted.dtype, wanted.shape):
             found = f"{buffer.spec.dtype}{list(buffer.spec.shape)}"
             raise EngineError(f"{loaded.plan.program} takes {wanted.dtype}{list(wanted.shape)} for '{name}', found {found}")
@@ -350,9 +354,10 @@ class CudaEngine(Engine):
         for program in list(self._programs):
             self.unload(program)
         self._rows.clear()
-        for arena in self._arenas.values():
-            self._device.free(arena)
+        for address in (*self._row_blocks, *self._arenas.values(), *(block for blocks in self._scratch.values() for block, _ in blocks)):
+            self._device.free(address)
         self._arenas.clear()
+        self._scratch.clear()
         self._closed = True
         self._device.close()
 
@@ -360,9 +365,3 @@ class CudaEngine(Engine):
 def _stream_of(weights: str) -> str:
     """Which stream a part's programs run on, by its weight table."""
     return "transformer" if weights.rpartition("/")[2].startswith("dit") else "other"
-
-
-def _own(buffer: Buffer) -> CudaBuffer:
-    if not isinstance(buffer, CudaBuffer):
-        raise EngineError(f"{buffer.spec.name} is a buffer of another engine")
-    return buffer

@@ -14,6 +14,7 @@ from sanawm.config import DiTConfig, Dtype, WorldConfig, preset
 from sanawm.errors import CheckpointError
 from sanawm.keys import dit_tensors, text_tensors, to_diffusers, vae_tensors
 from sanawm.model.checkpoint import metadata
+from sanawm.model.checkpoint.ahead import ahead
 from sanawm.model.checkpoint.layout import STREAMING_FILE
 from sanawm.model.checkpoint.lazy import require
 from sanawm.model.checkpoint.tiny_tokenizer import CHI_PROMPT, write_tokenizer
@@ -50,8 +51,8 @@ def synthesize(
     tensors in every layout. `streaming` also stores a critic and an optimizer beside the model, as the released file does. The name in
     the configuration that is written is never the official one, whose prompt prefix is not part of this package.
 
-    At most one piece of a tensor is in memory, and the folder appears only when it is complete. Raises CheckpointError if `path` is in use
-    or the disk is too small.
+    Tensors are computed on all cores, with at most 128 MB in memory for each, and the folder appears only when it is complete. Raises
+    CheckpointError if `path` is in use or the disk is too small.
     """
     path = Path(path)
     if layout not in LAYOUTS:
@@ -99,28 +100,41 @@ class _Writer:
         if text:
             parts["text"] = self._entries({n: i.shape for n, i in text_tensors(self.world.text).items()})
         training = self._training_state(dit) if layout == "streaming" else {}
-        everything = [entry for part in parts.values() for entry in part.values()] + list(_leaves(training))
+        # In the order in which they are written.
+        everything = list(_leaves({"dit": parts["dit"], "training": training, **parts}))
         self.total = sum(entry.nbytes for entry in everything)
         if (free := shutil.disk_usage(self.root).free) < self.total * 1.01 + 1e6:
             raise CheckpointError(f"the checkpoint needs {self.total / 1e9:.1f} GB and {self.root.parent} has {free / 1e9:.1f} GB free")
 
         self._yaml()
+        with ahead(everything, self._compute) as computed:
+
+            def fill(entry: Entry) -> Iterator[Piece]:
+                for piece in computed(entry):
+                    yield piece
+                    self.done += memoryview(piece).nbytes
+                    if self.progress:
+                        self.progress(entry.key, self.done, self.total)
+
+            self._parts(layout, parts, training, fill)
+
+    def _parts(self, layout: SynthLayout, parts: Mapping[str, dict[str, Entry]], training: Mapping[str, Any], fill: Fill) -> None:
         if layout == "streaming":
             file = self._folder(STREAMING_FILE)
-            write_torch(file, {"generator": {f"model.{n}": e for n, e in parts["dit"].items()}, **training}, self._fill)
+            write_torch(file, {"generator": {f"model.{n}": e for n, e in parts["dit"].items()}, **training}, fill)
         elif layout == "bidirectional":
-            write_safetensors(self._folder(BIDIRECTIONAL_FILE), parts["dit"], self._fill)
+            write_safetensors(self._folder(BIDIRECTIONAL_FILE), parts["dit"], fill)
         else:
             stored = {to_diffusers(name): entry for name, entry in parts["dit"].items()}
-            write_safetensors(self._folder(f"transformer/{_DIFFUSERS_FILE}"), stored, self._fill, {"format": "pt"})
+            write_safetensors(self._folder(f"transformer/{_DIFFUSERS_FILE}"), stored, fill, {"format": "pt"})
             self._json("transformer/config.json", _diffusers_config(self.world.dit))
             self._json("model_index.json", _MODEL_INDEX)
         vae = "ltx2_causal_vae" if layout == "streaming" else "vae"
-        write_safetensors(self._folder(f"{vae}/{_DIFFUSERS_FILE}"), parts["vae"], self._fill, {"format": "pt"})
+        write_safetensors(self._folder(f"{vae}/{_DIFFUSERS_FILE}"), parts["vae"], fill, {"format": "pt"})
         self._json(f"{vae}/config.json", metadata.vae_config_json(self.world.vae))
-        if text:
+        if "text" in parts:
             stored = {f"model.{name}": entry for name, entry in parts["text"].items()}
-            write_safetensors(self._folder("text_encoder/model.safetensors"), stored, self._fill, {"format": "pt"})
+            write_safetensors(self._folder("text_encoder/model.safetensors"), stored, fill, {"format": "pt"})
             self._json("text_encoder/config.json", metadata.text_config_json(self.world.text))
             folder = "tokenizer" if layout == "diffusers" else "text_encoder"
             write_tokenizer(self._folder(f"{folder}/tokenizer.json").parent, self.world.text.vocab)
@@ -142,17 +156,10 @@ class _Writer:
         groups = [{"lr": 1e-5, "betas": (0.0, 0.999), "weight_decay": 0.0, "params": list(moments)}]
         return {"critic": critic, "generator_optimizer": {"state": moments, "param_groups": groups}, "step": 3000}
 
-    @property
-    def _fill(self) -> Fill:
-        def fill(entry: Entry) -> Iterator[Piece]:
-            for block in synth_blocks(entry.key, entry.shape, self.seed):
-                values = bfloat16_bits(block) if entry.dtype == "bfloat16" else block.astype("<f4", copy=False)
-                yield values.data.cast("B")
-                self.done += values.nbytes
-                if self.progress:
-                    self.progress(entry.key, self.done, self.total)
-
-        return fill
+    def _compute(self, entry: Entry) -> Iterator[Piece]:
+        for block in synth_blocks(entry.key, entry.shape, self.seed):
+            values = bfloat16_bits(block) if entry.dtype == "bfloat16" else block.astype("<f4", copy=False)
+            yield values.data.cast("B")
 
     def _folder(self, name: str) -> Path:
         file = self.root / name
