@@ -23,7 +23,8 @@ EMPTY = 64
 class Operation:
     """Launches of one operation, summed over the blocks of a kind.
 
-    `kind`: its class in the cost model; `us`: sum of their median times; `floor_us`: of their bounds; `least_us` and `most_us`: the sums of the fastest and the slowest of each launch.
+    `kind`: its class in the cost model; `us`: sum of their median times; `floor_us`: of their bounds; `least_us` and `most_us`: the sums of the
+    fastest and the slowest of each launch.
     """
 
     name: str

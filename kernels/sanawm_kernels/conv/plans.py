@@ -40,7 +40,7 @@ TABLE: tuple[Row, ...] = (
     Row("conv", (0,), {"rows": 32, "columns": 32, "depth": 16}, 4, 1, _DATE, "small enough for tests"),
     Row("conv", _ALL, {"rows": 128, "columns": 128, "depth": 32}, 8, 3, _DATE, _INSPECTED, {"kind": "bf16"}),
     Row("conv", _ALL, {"rows": 32, "columns": 32, "depth": 16}, 4, 1, _DATE, "float32 is for tests on a GPU", {"kind": "fp32"}),
-    Row("described", _DESCRIBED, _tile(256, 64, 32, 1), 8, 1, _TODAY, "float32 is for tests, where large tiles take the fewest steps", {"kind": "fp32"}),
+    Row("described", _DESCRIBED, _tile(256, 64, 32, 1), 8, 1, _TODAY, "float32 is for tests: few steps", {"kind": "fp32"}),
     Row("described", _DESCRIBED, _tile(256, 64, 64, 2), 8, 4, _TODAY, "not timed: few channels, so many pixels", {"kind": "bf16", "mode": "pixels"}),
     Row(
         "described", _DESCRIBED, _tile(128, 256, 64, 4, splits=4), 8, 4, _TODAY, "not timed: 128 parts of tiles for 132 multiprocessors",

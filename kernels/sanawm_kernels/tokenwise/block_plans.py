@@ -78,7 +78,8 @@ def gate_tiles(kind: str, weight: str, channels: int, heads: int, tokens: int, b
         "HEADS": heads,
         "BH": power_of_two(heads, 16),
         "BS": 16,
-        "BK": min(256, power_of_two(channels, 16)),
+        # Four stages of two weights fit 99 KiB with half the depth alone.
+        "BK": min(128 if beta else 256, power_of_two(channels, 16)),
     }
     return KernelVariant(
         name=f"tokenwise.gate_tiles.c{channels}.h{heads}.s{tokens}.{'beta_decay' if beta else 'decay'}.{kind}{other(weight, kind, 'weight')}",

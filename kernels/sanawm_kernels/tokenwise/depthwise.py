@@ -82,24 +82,26 @@ def _repeated(x, TIMES: tl.constexpr):
 
 @triton.jit
 def _store(
-    result, out, codes, scales, quant_scale, pixel, i: tl.constexpr, block, shown,
+    result, out, codes, scales, factor, pixel, i: tl.constexpr, block, shown,
     G: tl.constexpr, BC: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Store BC channels of pixel + i, from `block` on, plain, quantized, or both; `shown`: whether there is such a pixel."""
+    """Store BC channels of pixel + i, from `block` on, plain, quantized, or both; `shown`: whether there is such a pixel.
+
+    factor: the global scale of NVFP4, the reciprocal of FP8's.
+    """
     channel = block + tl.arange(0, BC)
     mask = (channel < G) & shown
     if out is not None:
         tl.store(out + pixel * G + i * G + channel, result, mask=mask)
     if QUANT == NVFP4:
-        packed, steps = nvfp4_blocks(tl.reshape(result, (1, BC)).to(tl.float32), tl.load(quant_scale), 1, BC // 16, NATIVE)
+        packed, steps = nvfp4_blocks(tl.reshape(result, (1, BC)).to(tl.float32), factor, 1, BC // 16, NATIVE)
         byte = block // 2 + tl.arange(0, BC // 2)
         tl.store(codes + pixel * (G // 2) + i * (G // 2) + byte, tl.reshape(packed, (BC // 2,)), mask=(byte < G // 2) & shown)
         sixteen = block // 16 + tl.arange(0, BC // 16)
         at = scales + scale_offset(pixel + i, sixteen, G // 16, SWIZZLED)
         tl.store(at, tl.reshape(steps, (BC // 16,)), mask=(sixteen < G // 16) & shown)
     elif QUANT != NO_CODES:
-        inverse = tl.math.div_rn(1.0, tl.load(quant_scale))
-        tl.store(codes + pixel * G + i * G + channel, saturate_e4m3(result.to(tl.float32) * inverse), mask=mask)
+        tl.store(codes + pixel * G + i * G + channel, saturate_e4m3(result.to(tl.float32) * factor), mask=mask)
 
 
 @triton.jit
@@ -121,13 +123,18 @@ def depthwise_glu(
     v_taps, g_taps = _taps(taps, channel, present, G), _taps(taps, channel + G, present, G)
     v_bias = tl.load(bias + channel, mask=present, other=0.0).to(tl.float32)
     g_bias = tl.load(bias + G + channel, mask=present, other=0.0).to(tl.float32)
+    half: tl.constexpr = G // 2 if PAIRS else G
     if PAIRS:
         source, unit, step = x.to(tl.pointer_type(tl.int32), bitcast=True), block // 2 + tl.arange(0, BC // 2), x_row.to(tl.int64) // 2
-        half: tl.constexpr = G // 2
     else:
         source, unit, step = x, channel, x_row.to(tl.int64)
-        half: tl.constexpr = G
     here = unit < half
+
+    factor = 1.0
+    if QUANT == NVFP4:
+        factor = tl.load(quant_scale)
+    elif QUANT != NO_CODES:
+        factor = tl.math.div_rn(1.0, tl.load(quant_scale))
 
     # `above` waits for output row y - 1, `here` for row y, when input row y arrives.
     zero = tl.zeros((BC,), tl.float32)
@@ -150,6 +157,6 @@ def depthwise_glu(
             root = tl.math.rsqrt(1.0 + tl.exp2(gate[i] * -LOG2_E))
             result = (value[i] * gate[i] * (root * root)).to(x.dtype.element_ty)
             shown = done & (W % BX == 0 or x0 + i < W)
-            _store(result, out, codes, scales, quant_scale, pixel, i, block, shown, G, BC, QUANT, SWIZZLED, NATIVE)
+            _store(result, out, codes, scales, factor, pixel, i, block, shown, G, BC, QUANT, SWIZZLED, NATIVE)
         g_above = _filtered(g_here, g_row, g_taps, 1, BX)
         g_here = _filtered(_repeated(g_bias, BX), g_row, g_taps, 0, BX)

@@ -116,7 +116,7 @@ def update_rows(
         if C1 > 0:
             modulation_b = _modulation(shift, shift_row, scale, scale_row, frame, columns_b, inside_b)
     for i in tl.static_range(R):
-        a, b = rows_a[i].to(tl.float32), rows_b[i].to(tl.float32)
+        a, b = rows_a[i].to(tl.float32), rows_b[i].to(tl.float32)  # type: ignore[misc,var-annotated]
         if shift is not None:
             mean = _total(a, b, C1, LANES) / C
             # Deviations from the mean rather than a difference of moments: rows with a large common offset keep their digits.
