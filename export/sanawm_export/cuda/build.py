@@ -42,6 +42,8 @@ KERNEL_INDEX = "kernels/index.json"
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
 # Compiled with this version of PTX, kernels load on drivers since CUDA 12.8.
 PTX_VERSION = 87
+# Architecture whose kernels `benchmarks/results` has measured.
+MEASURED_ON = "sm_90"
 _NVFP4_CAPABILITIES = ("sm_120", "sm_121")
 
 
@@ -211,7 +213,11 @@ def write_bundle(
         add_more(writer)
         summary: dict[str, Any] = {"activations": "bfloat16", "weights": "bfloat16", "products": formats.summary()}
         summary |= recipe.summary() if recipe else {}
-        unverified = [f"No kernel of this bundle has been run on {request.target.name}; code, plans and packing were checked on a CPU."]
+        unverified = [
+            "These kernels were run on an H200 with random weights; with trained ones nothing has been measured."
+            if request.target.capability == MEASURED_ON
+            else f"No kernel of this bundle has been run on {request.target.name}; code, plans and packing were checked on a CPU."
+        ]
         if recipe is None and formats.uses("nvfp4"):
             unverified.append(f"NVFP4 activations are not calibrated: their largest magnitude is taken to be {ASSUMED_AMAX:g}.")
         manifest = manifest_of(request, entries, PrecisionEntry(request.precision, summary), tuple(unverified))
