@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -209,6 +210,23 @@ def _kernel(*types: str, **changes: Any) -> Kernel:
 def test_arguments_that_do_not_fit_are_refused(types: tuple[str, ...], values: tuple[int, ...], message: str) -> None:
     with pytest.raises(EngineError, match=message):
         Arguments(_kernel(*types), values)
+
+
+def test_scratch_memory_is_the_first_hidden_pointer() -> None:
+    def hidden(arguments: Arguments) -> list[int | None]:
+        places = (ctypes.c_void_p * 3).from_address(arguments.address)
+        return [ctypes.c_void_p.from_address(places[i] or 0).value for i in (1, 2)]
+
+    kernel = _kernel("i32", scratch_bytes=384)
+    assert kernel.scratch((3, 2, 1)) == 6 * 384
+    assert hidden(Arguments(kernel, (3,), 0x2000)) == [0x2000, None]
+    # A kernel that takes none gets none, whatever its stream has.
+    assert hidden(Arguments(_kernel("i32"), (3,), 0x2000)) == [None, None]
+    for address in (0, 0x2040):
+        with pytest.raises(EngineError, match="scratch memory aligned to 128"):
+            Arguments(kernel, (3,), address)
+    with pytest.raises(BundleError, match="without a pointer"):
+        _kernel("i32", scratch_bytes=384, hidden=[], parameters=[[0, 4]])
 
 
 def test_an_index_that_disagrees_with_its_code_is_refused() -> None:
