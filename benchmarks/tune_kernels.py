@@ -48,11 +48,11 @@ DEVICE = "cuda"
 # Settings of each phase, warps, stages: all combinations, unless a list of combinations is given.
 Choices = dict[str, Sequence[Any]]
 CHOICES: dict[str, list[Choices]] = {
-    "prepare": [{"warps": (4, 8), "stages": (1,)}],
+    "prepare": [{"warps": (4, 8, 16), "stages": (1,)}],
     "summarize": [
-        {"R": (16, 32), "SPLITS": (1, 2), "FUSED": (False,), "STORE_KEYS": (True,), "warps": (8,), "stages": (2, 3, 4)},
-        {"R": (64,), "SPLITS": (1,), "FUSED": (False,), "STORE_KEYS": (True,), "warps": (8,), "stages": (2, 3)},
-        {"R": (16, 32), "SPLITS": (1, 2), "FUSED": (True,), "STORE_KEYS": (True,), "warps": (8,), "stages": (3,)},
+        {"R": (32, 64), "SPLITS": (1,), "FUSED": (False,), "warps": (8,), "stages": (2, 3, 4)},
+        {"R": (32,), "SPLITS": (2, 3), "FUSED": (False,), "warps": (8,), "stages": (3, 4)},
+        {"R": (32, 64), "SPLITS": (1, 2), "FUSED": (True,), "warps": (8,), "stages": (3,)},
     ],
     "combine": [{"ROWS": (16, 32), "warps": (8, 16), "stages": (1,)}],
     "apply": [
@@ -356,7 +356,7 @@ SINGLE: dict[str, Callable[[], Made]] = {
 BOUNDS = dict.fromkeys(GDN, 3.8e-3) | {"cross": 6e-3, "gate_tiles": 1e-4, "transpose": 1e-3, "fp8_rows": 4e-3}
 # Bytes that a launch must move, for the share of the copy bandwidth.
 BYTES = {
-    "prepare": 94.7e6, "summarize": 64.4e6, "combine": 26.2e6, "apply": 52.4e6, "cross": 27.1e6, "depthwise": 106.7e6, "gate_tiles": 11.9e6,
+    "prepare": 132.2e6, "summarize": 74.5e6, "combine": 26.2e6, "apply": 52.4e6, "cross": 27.1e6, "depthwise": 106.7e6, "gate_tiles": 11.9e6,
     "rope": 48.5e6, "ucpe": 71.9e6, "inverse_ucpe": 24.1e6, "transpose": 17.7e6, "modulate": 23.7e6, "fp8_rows": 17.8e6,
 }  # fmt: skip
 _inputs: dict[int, Inputs] = {}

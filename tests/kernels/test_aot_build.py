@@ -26,9 +26,9 @@ from sanawm_kernels.aot.cli import kernels_group
 from sanawm_kernels.aot.spec import KernelVariant, ModelSizes
 from sanawm_kernels.gdn.plans import Problem, prepare
 
-HOT = ("gdn.prepare.block.3f.bf16.read", "gdn.prepare.block.3f.bf16.commit", "gdn.summarize.*.3f.*", "gdn.combine.*.3f.*.commit", "gdn.apply.*.3f.*")
+HOT = ("gdn.prepare.block.3f.bf16.bf16.read", "gdn.prepare.block.3f.bf16.bf16.commit", "gdn.summarize.*.3f.*", "gdn.combine.*.3f.*.commit", "gdn.apply.*.3f.*")
 SOME = ("gdn.summarize.*.3f.*", "gdn.apply.*.3f.*")
-QUICK = "gdn.prepare.block.3f.bf16.read_first"
+QUICK = "gdn.prepare.block.3f.bf16.bf16.read_first"
 
 
 @pytest.fixture(scope="module")

@@ -85,16 +85,8 @@ def test_no_branch_is_refused() -> None:
         fused.block_gdn(None, None, INPUTS.gates, **INPUTS.options)
 
 
-def test_tail_read_twice_cannot_be_updated_in_place() -> None:
-    old = state()
-    with pytest.raises(ValueError, match="cannot be updated in place"):
-        fused.block_gdn(INPUTS.main, INPUTS.camera, INPUTS.gates, **INPUTS.options, state=old, state_out=old, precision="ieee")
-
-
-@pytest.mark.parametrize("precision", ["bf16", "tf32", "ieee"])
-def test_no_scratch_is_float32_of_token_size(precision: str) -> None:
-    settings = row(replace(OFFICIAL, precision=precision), "summarize", 90).settings
-    buffers = scratch(1, 20, 3, 880, 112, "bfloat16", precision, settings)
+def test_no_scratch_is_float32_of_token_size() -> None:
+    buffers = scratch(1, 20, 3, 880, 112, "bf16", row(OFFICIAL, "summarize", 90).settings)
     wide = {name for name, (shape, dtype) in buffers.items() if dtype == "float32" and math.prod(shape) >= 3 * 880 * 2240}
     assert not wide
 
@@ -104,19 +96,18 @@ def test_a_block_takes_four_launches_everywhere(target: int) -> None:
     launches = plan(OFFICIAL, target)
     assert [variant.name.split(".")[1] for variant in launches] == ["prepare", "summarize", "combine", "apply"]
     sizes = {"main_row": 15744}
-    assert launches[0].launch_grid(sizes) == (880, 1, 2)
+    assert launches[0].launch_grid(sizes) == (880, 1, 3)
     assert all(math.prod(variant.launch_grid(sizes)) > 0 for variant in launches)
     # Every buffer a launch names is one that the others write, an input, or scratch.
     names = set().union(*(variant.signature for variant in launches))
-    buffers = scratch(1, 20, 3, 880, 112, "bfloat16", "bf16", row(OFFICIAL, "summarize", target).settings)
-    assert set(buffers) - {"k_scale"} <= names
+    assert set(scratch(1, 20, 3, 880, 112, "bf16", row(OFFICIAL, "summarize", target).settings)) <= names
 
 
 def test_chunk_lengths_and_forms_have_variants() -> None:
     names = {variant.name for variant in all_variants(ModelSizes(frames=(3, 4)), 90) if variant.name.startswith("gdn.")}
     for frames in (3, 4):
         for form in ("read", "commit", "read_first", "commit_first"):
-            assert f"gdn.prepare.block.{frames}f.bf16.{form}" in names
+            assert f"gdn.prepare.block.{frames}f.bf16.bf16.{form}" in names
             assert f"gdn.combine.block.{frames}f.bf16.bf16.{form}" in names
         assert f"gdn.summarize.block.{frames}f.bf16.bf16" in names and f"gdn.apply.block.{frames}f.bf16.bf16" in names
 

@@ -11,7 +11,7 @@ from sanawm_export.cuda.projections import Merged
 from sanawm_export.cuda.tape import row_stride
 from sanawm_export.cuda.tokens import gate_logits
 from sanawm_kernels.attention import plans
-from sanawm_kernels.attention.table import paired, tile
+from sanawm_kernels.attention.table import pair_tile, paired, tile
 from sanawm_kernels.gdn import plans as gdn
 from sanawm_kernels.gdn.workspace import scratch
 from sanawm_kernels.gemm.table import MULTIPROCESSORS
@@ -55,7 +55,7 @@ def gdn_attention(
     bindings |= _gdn_state(past.last, new)
     writes = {name for name in bindings if name.endswith("_out")}
     with tape.group():
-        shapes = scratch(1, c.heads, frames, c.tokens_per_frame, c.head_dim, ctx.dtype, precision, settings)
+        shapes = scratch(1, c.heads, frames, c.tokens_per_frame, c.head_dim, precision, settings)
         needed = set().union(*(variant.signature for variant in gdn.plan(problem, ctx.target)))
         bindings |= {name: ctx.tensor(f"gdn.{name}", *shape, dtype=dtype) for name, (shape, dtype) in shapes.items() if name in needed}
         outputs = {}
@@ -80,7 +80,7 @@ def gdn_attention(
 
 # Scratch tensors that each phase fills.
 _WRITTEN = {
-    "prepare": ("keys", "q_scale", "k_scale"),
+    "prepare": ("main_keys", "plain_keys", "camera_keys", "camera_values", "growth", "q_scale"),
     "summarize": ("gram", "update", "column", "inflation"),
     "combine": ("applied", "applied_scale", "applied_z"),
     "apply": (),
@@ -94,7 +94,6 @@ def _gdn_state(old: dict[str, View] | None, new: dict[str, View] | None) -> dict
         bindings |= {f"{name}_out": new[field] for name, field in fields.items()}
     if old is not None:
         bindings |= {f"{name}_in": old[field] for name, field in fields.items()}
-        bindings |= {"main_tail": old["k_tail"], "camera_tail": old["cam_tail"]}
     return bindings
 
 
@@ -144,29 +143,37 @@ def softmax_attention(
 def _pair(
     ctx: Context, q: View, windows: list[tuple[View, View]], cam_q: View, cam_windows: list[tuple[View, View]], camera: dict[str, View], product: str
 ) -> tuple[View, Rows]:
-    """Both branches in one launch; the camera's output is quantized for `product` where a tile can do that."""
+    """Both branches together, in two launches; the camera's output is quantized for `product` where a tile can do that."""
     c = ctx.config
     M, H, D = q.shape[0], c.heads, c.head_dim
+    chosen, programs = pair_tile(ctx.target), MULTIPROCESSORS[ctx.target] // 2
     main = ctx.tensor("main", M, H * D)
     done, out, fill, parameters = _outputs(ctx, "camera", M, H, D, product)
-    variant = plans.window_pair(ctx.kind, H, D, len(windows), tile("pair", ctx.target, ctx.kind), keep=out is not None, **parameters)
     bindings: dict[str, Any] = {
-        "main_q": q, "main_q_row": row_stride(q), "camera_q": cam_q, "camera_q_row": row_stride(cam_q), "N": M,
-        "main_out": main, "camera_out": out, "main_scale": c.main_scale, "camera_scale": c.camera_scale,
-        "rays": camera["rays"], "cos": camera["cam_cos"], "sin": camera["cam_sin"], **fill,
+        "N": M, "programs": programs, "main_scale": c.main_scale, "camera_scale": c.camera_scale, "main_out": main, "camera_out": out,
+        "rays": camera["rays"], "cos": camera["cam_cos"], "sin": camera["cam_sin"], **fill, **_addressed("main_q", q, H), **_addressed("camera_q", cam_q, H),
     }  # fmt: skip
     keys = 0
     for branch, segments in (("main", windows), ("camera", cam_windows)):
         for i, pair in enumerate(segments):
             for name, x in zip("kv", pair):
                 x = _rows(x, H * D)
-                bindings |= {f"{branch}_{name}{i}": x, f"{branch}_{name}{i}_row": row_stride(x), f"n{i}": x.shape[0]}
+                bindings |= _addressed(f"{branch}_{name}{i}", x, H) | {f"n{i}": x.shape[0]}
             keys += bindings[f"n{i}"]
-    ctx.tape.launch(
-        "attend", variant, bindings, ("main_out", "camera_out", "codes", "scales"), flops=4 * M * keys * H * D, unit=ctx.kind,
-        SMS=MULTIPROCESSORS[ctx.target],
-    )  # fmt: skip
+    left = plans.pair_scratch(M, H, D, chosen, programs)
+    with ctx.tape.group():
+        bindings |= {name: ctx.tensor(f"attend.{name}", *shape, dtype=dtype) for name, (shape, dtype) in left.items()}
+        variant = plans.window_pair(H, D, len(windows), chosen)
+        ctx.tape.launch("attend", variant, bindings, ("main_out", *left), flops=4 * M * keys * H * D, unit=ctx.kind)
+        finish = plans.finish_pair(H, D, len(windows), chosen, keep=out is not None, **parameters)
+        ctx.tape.launch("attend.finish", finish, bindings, ("main_out", "camera_out", "codes", "scales"))
     return main, replace(done, plain=out)
+
+
+def _addressed(name: str, x: View, heads: int) -> dict[str, Any]:
+    """Rows (n, C) as (n, H, D) for the launch that reads them, and for the one that rarely does their address alone, which costs it no traffic."""
+    step, width = row_stride(x), x.shape[1] // heads
+    return {name: replace(x, shape=(x.shape[0], heads, width), strides=(step, width, 1)), f"{name}_at": x.narrow(0, 0, 1), f"{name}_row": step}
 
 
 def _rows(x: View, columns: int) -> View:

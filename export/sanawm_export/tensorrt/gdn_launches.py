@@ -64,10 +64,8 @@ def gdn_launches(
     """
     target = target_number(capability)
     variants = plan(problem, target)
-    buffers = scratch(
-        problem.batch, problem.heads, problem.frames, problem.tokens, problem.head_dim, DTYPES[problem.kind], problem.precision,
-        row(problem, "summarize", target).settings,
-    )  # fmt: skip
+    settings = row(problem, "summarize", target).settings
+    buffers = scratch(problem.batch, problem.heads, problem.frames, problem.tokens, problem.head_dim, problem.precision, settings)
     # A tail that the model drops still gets a place to be read from and written to.
     tail = Operand(DTYPES[problem.kind], (problem.batch, 3, problem.tokens, problem.channels))
     sizes = {name: Operand(dtype, shape).nbytes for name, (shape, dtype) in buffers.items()} | {"dropped_tail": tail.nbytes}
@@ -118,7 +116,5 @@ def _state(problem: Problem, places: Mapping[str, Placed], dropped: Argument) ->
     for field, name in _KERNEL_STATE.items():
         old = Argument("input", places[field].offset, places[field].index) if field in places else dropped
         found[f"{name}_in"] = old
-        if name.endswith("_tail"):
-            found[name] = old
         found[f"{name}_out"] = Argument("output", 0, outputs.index(field)) if field in outputs else dropped
     return found

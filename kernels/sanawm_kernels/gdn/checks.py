@@ -148,14 +148,6 @@ def new_state(p: Problem, q: Tensor, given: GDNState | None) -> GDNState:
     return GDNState(**{field: torch.empty(shape, dtype=dtype, device=q.device) for field, (shape, dtype) in _fields(p, q.dtype).items()})
 
 
-def refuse_shared_tails(old: GDNState | None, new: GDNState) -> None:
-    """ValueError where a tail would be overwritten that a later launch of the same call still reads."""
-    for field in ("k_tail", "cam_tail"):
-        before, after = getattr(old, field, None), getattr(new, field)
-        if before is not None and after is not None and before.data_ptr() == after.data_ptr():
-            raise ValueError(f"state_out.{field}: in this precision the tail is read twice and cannot be updated in place; give another tensor")
-
-
 def output(given: Tensor | None, q: Tensor, name: str) -> Tensor:
     """Tensor for a branch's output (B, N, C): the one given, checked, or a new one."""
     if given is None:

@@ -57,13 +57,11 @@ def bind(
     q = main.q if main is not None else camera.q if camera is not None else gates.beta_logits
     settings = row(problem, "summarize", target(q.device)).settings
     B, H, T, S, D = problem.batch, problem.heads, problem.frames, problem.tokens, problem.head_dim
-    shapes = scratch(B, H, T, S, D, str(q.dtype).removeprefix("torch."), problem.precision, settings)
+    shapes = scratch(B, H, T, S, D, problem.precision, settings)
     arguments: dict[str, Any] = {
         name: torch.empty(shape, dtype=getattr(torch, dtype), device=q.device) for name, (shape, dtype) in shapes.items()
     }
     new = checks.new_state(problem, q, state_out) if commit else GDNState()
-    if commit and not settings["STORE_KEYS"]:
-        checks.refuse_shared_tails(state, new)
     arguments |= _gate_arguments(gates) | _state_arguments(state, new)
     outputs: dict[str, Tensor | None] = {"main": None, "camera": None}
     for name, branch, given in (("main", main, main_out), ("camera", camera, camera_out)):
@@ -100,7 +98,6 @@ def _state_arguments(old: GDNState | None, new: GDNState) -> dict[str, Any]:
     arguments = {f"{name}_out": getattr(new, field) for name, field in fields.items()}
     if old is not None:
         arguments |= {f"{name}_in": getattr(old, field) for name, field in fields.items()}
-        arguments |= {"main_tail": old.k_tail, "camera_tail": old.cam_tail}
     return arguments
 
 

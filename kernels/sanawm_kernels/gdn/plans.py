@@ -58,11 +58,6 @@ class Problem:
         return max(16, 1 << (self.head_dim - 1).bit_length())
 
     @property
-    def key_kind(self) -> str:
-        """dtype of stored keys."""
-        return "fp16" if self.kind == "bf16" else "fp32"
-
-    @property
     def branches(self) -> str:
         return "block" if self.main and self.camera else "main" if self.main else "camera"
 
@@ -138,10 +133,23 @@ def _form(p: Problem) -> str:
     return ("commit" if p.commit else "read") + ("" if p.has_state else "_first")
 
 
+def _scratch_keys(p: Problem) -> dict[str, str | None]:
+    """Keys and values that `prepare` hands to `summarize`."""
+    stored = "fp16" if p.precision == "bf16" else "fp32"
+    main, camera = _pointer(stored, p.main), _pointer(stored, p.camera)
+    return {"main_keys": main, "plain_keys": main, "camera_keys": camera, "camera_values": camera, "growth": _pointer("fp32", p.camera)}
+
+
+def _gates(p: Problem) -> dict[str, str | None]:
+    return {"beta": f"*{p.kind}", "beta_row": "i32", "beta_batch": "i64"}
+
+
 def prepare(p: Problem, target: int) -> KernelVariant:
-    """Convolution, normalisation and tails: `sanawm_kernels.gdn.prepare`."""
-    first = 1 << (p.channels.bit_length() - 1)
-    rest = p.channels - first
+    """Convolution, normalisation, rotations and tails: `sanawm_kernels.gdn.prepare`."""
+    tuned = row(p, "prepare", target)
+    first = 1 << (p.heads.bit_length() - 1)
+    rest = p.heads - first
+    second = 1 << (rest - 1).bit_length() if rest else 0
     entries: dict[str, str | None] = {}
     for branch, here in (("main", p.main), ("camera", p.camera)):
         entries |= {f"{branch}_{x}": _pointer(p.kind, here) for x in ("q", "k")}
@@ -149,39 +157,24 @@ def prepare(p: Problem, target: int) -> KernelVariant:
         entries[f"{branch}_tail_in"] = _pointer(p.kind, here, p.has_state)
         entries[f"{branch}_tail_out"] = _pointer(p.kind, here, p.commit)
         entries |= _row_and_batch(p, branch, here)
-    stored = row(p, "summarize", target).settings["STORE_KEYS"]
-    entries |= {"keys": _pointer(p.key_kind, stored), "q_scale": _pointer("fp32"), "k_scale": _pointer("fp32", not stored)}
+    entries |= {x: _pointer("fp32", p.main) for x in ("cos", "sin")}
+    entries |= {"camera_v": _pointer(p.kind, p.camera), "rays_batch": "i64" if p.camera else None}
+    entries |= {x: _pointer("fp32", p.camera) for x in ("rays_inverse", "camera_cos", "camera_sin")}
+    entries |= _gates(p) | _scratch_keys(p) | {"q_scale": _pointer("fp32")}
     constants = {
-        "B": p.batch, "T": p.frames, "S": p.tokens, "C": p.channels, "C0": first, "C1": max(16, 1 << (rest - 1).bit_length()) if rest else 0,
-        "EPS": NORM_EPS, "MAIN": p.main, "CAMERA": p.camera, "CAMERA_CARRY": p.camera_carry,
-        "HAS_STATE": p.has_state, "COMMIT": p.commit, "STORE_KEYS": stored,
+        **_sizes(p), "H0": first, "H1": second, "THREADS": 32 * tuned.num_warps, "EPS": NORM_EPS, "KEY_SCALE": p.key_scale,
+        "CAMERA_CARRY": p.camera_carry, "HAS_STATE": p.has_state, "COMMIT": p.commit, "CLAMP": p.clamp,
     }  # fmt: skip
-    facts = (_form(p),) + (() if stored else ("no_keys",))
-    return _variant(p, "prepare", row(p, "prepare", target), facts, entries, constants, ("S", "B", "MAIN + CAMERA"))
+    return _variant(p, "prepare", tuned, (p.precision, _form(p)), entries, constants, ("S", "B", "MAIN + 2 * CAMERA"))
 
 
 def summarize(p: Problem, target: int) -> KernelVariant:
     """Each frame's effect on the state: `sanawm_kernels.gdn.summarize`."""
     tuned = row(p, "summarize", target)
-    stored = tuned.settings["STORE_KEYS"]
-    carry = {"main": p.has_state and not stored, "camera": p.has_state and p.camera_carry and not stored}
-    entries: dict[str, str | None] = {}
-    for branch, here in (("main", p.main), ("camera", p.camera)):
-        entries |= {f"{branch}_k": _pointer(p.kind, here, not stored), f"{branch}_v": _pointer(p.kind, here)}
-        entries |= {f"{branch}_{x}": _pointer(p.weight_kind, here, not stored) for x in ("k_norm", "conv")}
-        entries[f"{branch}_tail"] = _pointer(p.kind, here, carry[branch])
-        entries |= _row_and_batch(p, branch, here)
-    entries |= {x: _pointer("fp32", p.main) for x in ("cos", "sin")}
-    entries |= {x: _pointer("fp32", p.camera) for x in ("rays_inverse", "camera_cos", "camera_sin")}
-    entries |= {"rays_batch": "i64" if p.camera else None, "beta": f"*{p.kind}", "beta_row": "i32", "beta_batch": "i64"}
-    entries |= {"keys": _pointer(p.key_kind, stored), "k_scale": _pointer("fp32", not stored), "gram": _pointer("fp32"), "update": _pointer("fp32")}
-    entries |= {"column": _pointer("fp32", p.main), "inflation": _pointer("fp32", p.camera)}
-    constants = {
-        **_sizes(p), **tuned.settings, "KEY_SCALE": p.key_scale, "PRECISION": p.precision, "CLAMP": p.clamp,
-        "MAIN_CARRY": carry["main"], "CAMERA_CARRY": carry["camera"],
-    }  # fmt: skip
-    facts = (p.precision,) + (() if stored else ("carry" if p.has_state else "first",))
-    return _variant(p, "summarize", tuned, facts, entries, constants, ("B * H", "T * SPLITS", "(MAIN + CAMERA) * (2 - FUSED) + MAIN"))
+    entries: dict[str, str | None] = {"main_v": _pointer(p.kind, p.main), **_row_and_batch(p, "main", p.main), **_gates(p), **_scratch_keys(p)}
+    entries |= {"gram": _pointer("fp32"), "update": _pointer("fp32"), "column": _pointer("fp32", p.main), "inflation": _pointer("fp32", p.camera)}
+    constants = {**_sizes(p), **tuned.settings, "KEY_SCALE": p.key_scale, "PRECISION": p.precision}
+    return _variant(p, "summarize", tuned, (p.precision,), entries, constants, ("B * H", "T * SPLITS", "(MAIN + CAMERA) * (2 - FUSED) + MAIN"))
 
 
 def combine(p: Problem, target: int) -> KernelVariant:

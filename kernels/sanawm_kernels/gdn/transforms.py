@@ -8,6 +8,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What `prepare` hands to `summarize` is half precision at a 64th of its size: exact to 2**-12 where above 0.004, within 4 million.
+SHRINK = tl.constexpr(0.015625)
+
 
 @triton.jit
 def relu(x):
@@ -35,7 +38,7 @@ def operand(x, PRECISION: tl.constexpr):
     if PRECISION == "bf16":
         return x.to(tl.bfloat16)
     elif PRECISION == "fp16":
-        return saturate(x.to(tl.float32)).to(tl.float16)
+        return x if x.dtype == tl.float16 else saturate(x.to(tl.float32)).to(tl.float16)
     elif PRECISION == "tf32":
         return round_tf32(x.to(tl.float32))
     else:
@@ -149,6 +152,12 @@ def camera_rotary_row(table, token, P: tl.constexpr, D: tl.constexpr):
     """Row `token` of a (N, D/4) table as (1, P/2), at the pairs of the head's second half."""
     pair = tl.arange(0, P // 2)[None, :]
     return tl.load(table + token * (D // 4) + pair - D // 4, mask=(pair >= D // 4) & (pair < D // 2), other=0.0)
+
+
+@triton.jit
+def root_strength(logits):
+    """Square root of the write strength sigmoid(logits)."""
+    return tl.sqrt(tl.sigmoid(logits.to(tl.float32)))
 
 
 @triton.jit
