@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ def request(kind: str) -> Quantize:
 def only_kernel(made: Made) -> Made:
     """Without peers: torch has no fused counterpart whose result is comparable."""
     return made[0], {}
+
+
+def beside_copy(case: Case) -> Case:
+    """The case with one more peer: an elementwise kernel that reads and writes as many bytes, half each.
+
+    Launches of some microseconds move less a second than the large copy that floors are computed from; the share of a copy of their own size is the
+    share of what the memory gives them.
+    """
+
+    def prepare() -> Made:
+        call, peers = case.prepare()
+        source = rand(case.bytes // 4)
+        target = torch.empty_like(source)
+        return call, {**peers, "copy of as many bytes": lambda: torch.neg(source, out=target)}
+
+    return replace(case, prepare=prepare)
 
 
 def tables(pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +140,7 @@ def cases() -> Sequence[Case]:
                     int(2 * N * G * (2 + width)), needs=NEEDS[kind],
                 )
             )  # fmt: skip
-    return found
+    return [beside_copy(case) for case in found]
 
 
 if __name__ == "__main__":
