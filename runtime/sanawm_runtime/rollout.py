@@ -16,7 +16,7 @@ from sanawm.programs import camera_program
 from sanawm.schedule import Chunk as Span
 from sanawm.schedule import step_sizes, timestep_row
 from sanawm_runtime.chunk import chunk_noise
-from sanawm_runtime.engines.base import Buffer
+from sanawm_runtime.engines.base import Buffer, Pending
 from sanawm_runtime.errors import Cancelled
 from sanawm_runtime.marks import mark
 from sanawm_runtime.state import DecoderState, StreamState
@@ -189,19 +189,27 @@ class Rollout:
         self._state.advance(span.kind)
 
     def _decode(self, span: Span, latents: Buffer, monitor: Monitor) -> NDArray[np.uint8]:
-        engine, pending = self.world.engine, []
-        for t in range(span.frames):
-            name = "decode" if span.start + t else "decode_first"
+        engine = self.world.engine
+        names = ["decode" if span.start + t else "decode_first" for t in range(span.frames)]
+        counts = [self._frames[name][0].spec.shape[0] for name in names]
+        out = np.empty((sum(counts), *self.world.image_size, 3), np.uint8)
+        # The read of a latent frame runs beside the decoding of the next one, and is taken before a third is begun.
+        reads: list[tuple[Pending, NDArray[np.uint8]]] = []
+
+        def take() -> None:
+            read, target = reads.pop(0)
+            read.result(target)
+            monitor.advance("decode")
+
+        for t, (name, target) in enumerate(zip(names, np.split(out, np.cumsum(counts[:-1])))):
             engine.copy_frame(latents, t, self._latent_frame)
             state = self._decoder.writes() | (self._decoder.reads() if name == "decode" else {})
             frames = self._frames[name][t % 2]
             self._run(name, {"latents": self._latent_frame, "frames": frames, **state})
             self._decoder.advance()
-            pending.append((engine.read_later(frames), frames.spec.shape[0]))
-        out = np.empty((sum(count for _, count in pending), *self.world.image_size, 3), np.uint8)
-        start = 0
-        for read, count in pending:
-            read.result(out[start : start + count])
-            start += count
-            monitor.advance("decode")
+            reads.append((engine.read_later(frames), target))
+            if len(reads) == 2:
+                take()
+        while reads:
+            take()
         return out
