@@ -18,7 +18,7 @@ from kernel_timing import Case, main, measure
 
 from sanawm_kernels.attention import triton as fused
 from sanawm_kernels.attention.naive import Fp8Scales, InverseUCPE, Segment
-from sanawm_kernels.attention.table import Tile, paired
+from sanawm_kernels.attention.table import PairTile, Tile, paired
 from sanawm_kernels.quant.formats import quantize_fp8
 from sanawm_kernels.tokenwise import triton as tokenwise
 from sanawm_kernels.tokenwise.launch import target
@@ -75,7 +75,7 @@ def _branch(q: torch.Tensor, held: Sequence[Segment]) -> tuple[torch.Tensor, lis
 
 
 def _window(name: str) -> Case:
-    """Both branches, in one launch where the table says so."""
+    """Both branches, together where the table says so."""
     lengths = WINDOWS[name]
     queries, keys = lengths[-1], sum(lengths)
 
@@ -150,22 +150,24 @@ def cases() -> Sequence[Case]:
     return [_window("window"), _one_branch(), _window("first"), _window("second"), _window_fp8(), _cross(20), _cross(0)]
 
 
+# Blocks of keys and stages that fit beside the queries of two or three consumers.
+PAIRS = [(2, 128, 2), (2, 128, 3), (2, 64, 4), (2, 64, 6), (3, 64, 4), (3, 64, 5)]
+
+
 def propose() -> None:
-    """Time tiles of the steady window, fastest first: both branches in one launch, and one branch alone."""
+    """Time tiles of the steady window, fastest first: both branches together, and one branch alone."""
     import triton
 
     q, held, ucpe = rand(1, N, H, D), segments(WINDOWS["window"]), ray_space(N)
     rows, cached = _branch(q, held)
-    calls: dict[str, Callable[[Tile], Any]] = {
-        "pair": lambda tile: fused.window_pair(rows, cached, D**-0.5, rows, cached, D**-0.5, ucpe, tile=tile),
-        "window": lambda tile: fused.window_attention(q, held, D**-0.5, tile=tile),
-    }
+    tiles: dict[str, list[Any]] = {"window": [Tile(*sizes) for sizes in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))]}
+    calls: dict[str, Callable[[Any], Any]] = {"window": lambda tile: fused.window_attention(q, held, D**-0.5, tile=tile)}
+    if paired(target(q.device), "bf16"):
+        tiles["pair"] = [PairTile(*sizes, *more) for sizes, *more in product(PAIRS, (2, 3, 4), (False, True), (False, True))]
+        calls["pair"] = lambda tile: fused.window_pair(rows, cached, D**-0.5, rows, cached, D**-0.5, ucpe, tile=tile)
     for name, call in calls.items():
-        if name == "pair" and not paired(target(q.device), "bf16"):
-            continue
         times = []
-        for queries, keys, warps, stages in product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4)):
-            tile = Tile(queries, keys, warps, stages)
+        for tile in tiles[name]:
             try:
                 times.append((measure(lambda tile=tile, call=call: call(tile)).median, tile))  # type: ignore[misc]
             except triton.runtime.errors.OutOfResources:

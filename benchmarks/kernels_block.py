@@ -40,7 +40,7 @@ from sanawm_runtime.engines._cuda_device import Gpu
 from sanawm_runtime.engines._cuda_kernels import Kernel
 from sanawm_runtime.engines._cuda_pack import Packed
 from sanawm_runtime.engines._cuda_plan import WEIGHT_PREFIX, Buffer, Launch, Plan, Step
-from sanawm_runtime.engines._cuda_program import BoundProgram, Loaded, kernel_scratch
+from sanawm_runtime.engines._cuda_program import BoundProgram, Loaded
 
 PROGRAM = "denoise_steady"
 PRECISIONS = ("bf16", "fp8")
@@ -104,8 +104,7 @@ class Stage:
         addresses = {name: self._place(name) for name, b in plan.buffers.items() if b.role in ("input", "output")}
         weights = {name.removeprefix(WEIGHT_PREFIX): self._place(name) for name, b in plan.buffers.items() if b.role == "weight"}
         self._arena = device.allocate(plan.arena)
-        self._scratch = device.allocate(max(kernel_scratch(plan, kernels), 1))
-        self.bound = BoundProgram(plan, kernels, addresses, weights, self._arena, scratch=self._scratch)
+        self.bound = BoundProgram(device, plan, kernels, addresses, weights, self._arena)
         device.call("cuCtxSynchronize")
 
     def _place(self, name: str) -> int:
@@ -144,7 +143,7 @@ class Stage:
         return from_bits(stored.view(np.uint16)) if buffer.dtype == "bfloat16" else stored.view(np.float32)
 
     def close(self) -> None:
-        for address in (*self._memory.values(), self._arena, self._scratch):
+        for address in (*self._memory.values(), self._arena):
             self._device.free(address)
         self._memory.clear()
 

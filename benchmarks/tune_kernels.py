@@ -69,7 +69,7 @@ CHOICES: dict[str, list[Choices]] = {
         {"BX": (5, 8), "BC": (128,), "STRIP": (11, 22), "warps": (2,), "stages": (1,)},
         {"BX": (4, 8), "BC": (64,), "STRIP": (6, 8), "warps": (1,), "stages": (1,)},
     ],
-    "gate_tiles": [{"BS": (16,), "BK": (64, 128, 256, 512), "warps": (2, 4), "stages": (2, 3, 4)}],
+    "gate_tiles": [{"BS": (16,), "BK": (128, 256, 512), "SPLITS": (1, 2, 3, 5), "warps": (2, 4), "stages": (2, 3, 4)}],
     "rope": [{"warps": (1, 2, 4, 8), "stages": (1,)}],
     "ucpe": [{"warps": (1, 2, 4, 8), "stages": (1,)}],
     "inverse_ucpe": [{"warps": (1, 2, 4, 8), "stages": (1,)}],
@@ -205,7 +205,8 @@ class Inputs:
         kernel = variant(c, target)
         arguments, sizes, wanted = self.of(f"{c.phase}", lambda: SINGLE[c.phase]())
         if c.phase == "gate_tiles":
-            arguments = {**arguments, "partial": torch.empty(T, -(-S // c.settings["BS"]), kernel.constexprs["BH"], device=DEVICE)}
+            shares = -(-S // c.settings["BS"]) * c.settings["SPLITS"]
+            arguments = {**arguments, "partial": torch.empty(T, shares, kernel.constexprs["BH"], device=DEVICE)}
         outputs = [name for name in arguments if name in wanted]
 
         def error() -> float:

@@ -30,7 +30,7 @@ def candidates(kind: str) -> Iterator[Config]:
     """Tiles to try for operands of a kind."""
     for (columns, warps, stages), slices, group in product(TILES, (1, 2, 4), (4, 8, 21)):
         if columns // slices >= 64:
-            yield Config(128, columns, 64 if kind == "bf16" else 128, group, warps, stages, slices, persistent=1, tma=True)
+            yield Config(128, columns, 64 if kind == "bf16" else 128, group, warps, stages, slices, persistent=1, form="descriptors")
 
 
 def prepared(name: str, kind: str) -> Callable[[Config], Any]:

@@ -19,7 +19,7 @@ from sanawm_export.cuda.tape import Lowered
 from sanawm_export.cuda.vae_weights import DecoderWeights
 from sanawm_kernels.aot.spec import PRESETS, TARGETS, KernelVariant, all_variants
 from sanawm_kernels.attention import plans as attention
-from sanawm_kernels.attention.table import Tile
+from sanawm_kernels.attention.table import PairTile, Tile
 from sanawm_kernels.chunk import plans as chunk
 from sanawm_kernels.conv import plans as conv
 from sanawm_kernels.gdn import plans as gdn
@@ -68,7 +68,7 @@ def test_a_name_means_one_signature_on_all_targets() -> None:
 
 BF16, FP8, ROWS = Operand("bf16"), Operand("fp8"), Operand("fp8", row_scales=True)
 FP4, SWIZZLED = Operand("nvfp4"), Operand("nvfp4", swizzled=True)
-TILE, CONFIG = Tile(64, 64, 4, 2), Config(128, 128, 64)
+TILE, PAIR, CONFIG = Tile(64, 64, 4, 2), PairTile(2, 128, 3, 2, True, True), Config(128, 128, 64)
 FINISHES = [
     Finish(), Finish(out="fp32"), Finish(bias=True), Finish(bias=True, weight="fp32"), Finish(silu=True), Finish(add=True), Finish(gate=True),
     Finish(frame_gate="bf16"), Finish(frame_gate="fp32"), Finish(residual=True), Finish(extra=True), Finish(squares=True), Finish(quant="fp8"),
@@ -91,7 +91,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Axes]] = {
     "gate_tiles": (block_plans.gate_tiles, {
         "kind": ["bf16", "fp32"], "weight": ["bf16", "fp32"], "channels": [64, 96], "heads": [2, 3], "tokens": [4, 60], "beta": [False, True],
     }),
-    "gate_means": (block_plans.gate_means, {"weight": ["bf16", "fp32"], "heads": [2, 3], "tokens": [4, 60]}),
+    "gate_means": (block_plans.gate_means, {"weight": ["bf16", "fp32"], "heads": [2, 3], "tokens": [4, 60], "beta": [False, True]}),
     "rope_heads": (block_plans.rope_heads, {
         "kind": ["bf16", "fp32"], "weight": ["bf16", "fp32"], "heads": [2, 3], "width": [16, 32], "tokens": [4, 60], "eps": [1e-5, 1e-6],
         "fp8": [False, True],
@@ -106,6 +106,8 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Axes]] = {
         "kind": ["bf16", "fp32", "fp8e4nv"], "heads": [2, 3], "width": [16, 32], "segments": [1, 2, 3], "tile": [TILE], "out": [None, "fp32", "fp16"],
         "ucpe": [False, True], "rays_batched": [0, 8], **QUANTIZED,
     }),
+    "pair": (attention.window_pair, {"heads": [2, 3], "width": [16, 32], "segments": [1, 2, 3], "tile": [PAIR]}),
+    "pair_finish": (attention.finish_pair, {"heads": [2, 3], "width": [16, 32], "segments": [1, 2, 3], "tile": [PAIR], **QUANTIZED}),
     "cross": (attention.cross_attention, {
         "kind": ["bf16", "fp32"], "weight": ["bf16", "fp32"], "heads": [2, 3], "width": [16, 32], "eps": [1e-6, 1e-5], "tile": [TILE],
         "parts": [0, 4, 5], **QUANTIZED,

@@ -13,10 +13,9 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from sanawm_kernels.aot import elf
-from sanawm_kernels.aot.compile import load, options
+from sanawm_kernels.aot.compile import load, options, source_of
 from sanawm_kernels.aot.spec import KernelVariant, ModelSizes
 
 
@@ -26,14 +25,7 @@ def find(package: str, name: str, target: int) -> KernelVariant:
 
 
 def report(variant: KernelVariant, target: int, texts: list[str]) -> dict[str, Any]:
-    kernel = load(variant.kernel)
-    signature, aligned = {}, {}
-    for position, argument in enumerate(kernel.arg_names):
-        kind, _, promise = variant.signature.get(argument, "constexpr").partition(":")
-        signature[argument] = kind
-        if promise:
-            aligned[(position,)] = [["tt.divisibility", int(promise)]]
-    source = ASTSource(kernel, signature, dict(variant.constexprs), aligned)
+    source = source_of(variant, load(variant.kernel))
     built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options(variant, None))
     code = elf.read(built.asm["cubin"])
     ptx = built.asm["ptx"]

@@ -59,40 +59,6 @@ def test_window_attention(lengths: tuple[int, ...], D: int) -> None:
     close(out, wanted, 300)
 
 
-@pytest.mark.parametrize(("lengths", "D"), [((37,), 112), ((64, 33), 32), ((40, 31, 34), 112), ((1, 32, 7), 16)])
-@pytest.mark.parametrize("late", [0.0, 400.0])
-def test_window_pair(lengths: tuple[int, ...], D: int, late: float) -> None:
-    """Both branches in one launch; with `late` the last key's logits exceed the first block's by more than float32 holds as a power."""
-    H, N = 2, lengths[-1]
-    queries = [3 * rand(N, H, D, seed=5 + i) for i in range(2)]
-    segments = [[Segment(s.keys[0], s.values[0]) for s in window(1, lengths, H, D)] for _ in range(2)]
-    for q, held in zip(queries, segments):
-        last = held[-1].keys[-1]
-        last.copy_(last + late * D**0.5 * q[0] / q[0].square().sum(-1, keepdim=True))
-    ucpe = InverseUCPE(rand(1, N, 4, 4, seed=70), *(rand(N, D // 4, seed=71 + i) for i in range(2)))
-    wide = [[Segment(s.keys[None].double(), s.values[None].double()) for s in held] for held in segments]
-    main, camera = fused.window_pair(queries[0], segments[0], D**-0.5, queries[1], segments[1], 0.9 * D**-0.5, ucpe)
-    close(main, naive.window_attention(queries[0][None].double(), wide[0], D**-0.5).plain[0], 300 + 4 * late)  # type: ignore[index]
-    leave = InverseUCPE(*(x.double() for x in (ucpe.rays, ucpe.cos, ucpe.sin)))
-    wanted = naive.window_attention(queries[1][None].double(), wide[1], 0.9 * D**-0.5, ucpe=leave).plain
-    assert camera.plain is not None and wanted is not None
-    # Logits up to `late` carry as many roundings into the exponent.
-    close(camera.plain, wanted[0], 300 + 4 * late)
-
-
-def test_window_pair_quantizes_the_camera_branch() -> None:
-    N, H, D = 19, 2, 48
-    q, held = rand(N, H, D).bfloat16(), [Segment(rand(21, H, D).bfloat16(), rand(21, H, D, seed=1).bfloat16())]
-    ucpe = InverseUCPE(rand(1, N, 4, 4, seed=70), *(rand(N, D // 4, seed=71 + i) for i in range(2)))
-    request = Quantize("fp8", torch.tensor(0.01), keep=True)
-    with exact():
-        camera = fused.window_pair(q, held, 0.2, q, held, 0.2, ucpe, quantize=request)[1]
-    assert camera.plain is not None and isinstance(camera.quantized, Fp8Tensor)
-    wanted = tokenwise.quantize_activations(camera.plain, request).quantized
-    assert isinstance(wanted, Fp8Tensor)
-    assert torch.equal(camera.quantized.values.view(torch.uint8), wanted.values.view(torch.uint8))
-
-
 @pytest.mark.parametrize("shared", [True, False])
 def test_window_attention_leaves_ray_space(shared: bool) -> None:
     B, N, H, D = 2, 35, 2, 112

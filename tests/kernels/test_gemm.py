@@ -107,7 +107,7 @@ def test_tilings_agree(slices: int, persistent: int) -> None:
     assert reference.plain is not None and tiled.plain is not None and torch.equal(reference.plain, tiled.plain)
     assert tiled.squares is not None and tiled.squares.shape == (1, 70, -(-200 * slices // 64))
     close(tiled, naive.linear(x.double(), weight.double(), wide(epilogue)), 200)
-    described = fused.linear(x, weight, epilogue, config=Config(32, 64, 16, group=2, warps=4, stages=1, slices=slices, persistent=1, tma=True))
+    described = fused.linear(x, weight, epilogue, config=Config(32, 64, 16, group=2, warps=4, stages=1, slices=slices, persistent=1, form="descriptors"))
     assert described.plain is not None and torch.equal(reference.plain, described.plain)
     assert described.squares is not None and torch.equal(tiled.squares, described.squares)
 
@@ -117,7 +117,7 @@ def test_descriptors(name: str) -> None:
     """Operands by descriptor: depth and columns that no block divides, rows of a wider tensor."""
     epilogue = EPILOGUES[name]
     x, weight = rand(B, TOKENS, 40), rand(48, 40)
-    config = Config(32, 32, 16, group=2, warps=4, stages=1, slices=2, persistent=1, tma=True)
+    config = Config(32, 32, 16, group=2, warps=4, stages=1, slices=2, persistent=1, form="descriptors")
     close(fused.linear(x, weight, epilogue, config=config), naive.linear(x.double(), weight.double(), wide(epilogue)), 200)
 
 
@@ -130,7 +130,7 @@ def test_temporal_conv_with_descriptors(C: int, tail: bool, frames: int) -> None
     s, weight = strided(1, frames * S, C), rand(N, 3 * C)
     before = strided(1, S, C, seed=7) if tail else None
     epilogue = Epilogue(add=rand(1, frames * S, N), frame_gate=rand(1, frames, N), residual=strided(1, frames * S, N))
-    config = Config(16, 32, 32, group=2, warps=4, stages=1, slices=2, persistent=2, tma=True)
+    config = Config(16, 32, 32, group=2, warps=4, stages=1, slices=2, persistent=2, form="descriptors")
     actual = fused.temporal_conv(s, weight, frames, before, epilogue, config=config)
     wanted = naive.temporal_conv(s.double(), weight.double(), frames, None if before is None else before.double(), wide(epilogue))
     close(actual, wanted, 200)

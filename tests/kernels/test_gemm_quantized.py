@@ -188,7 +188,7 @@ def test_table_chooses_only_what_it_can_explain() -> None:
         for kind in ("bf16", "fp8", "nvfp4"):
             # So many columns were measured nowhere.
             fused_choice = table.choose(target, kind, 2640, 2048, 2240, plain=False)
-            assert fused_choice.backend == "triton" and fused_choice.config is not None
+            assert fused_choice.backend == "triton"
             plain = table.choose(target, kind, 2640, 2048, 2240, plain=True)
             assert plain.backend == ("triton" if kind == "nvfp4" else "cublaslt")
             for choice in (fused_choice, plain):

@@ -83,7 +83,7 @@ def test_depthwise_glu_to_fp8() -> None:
 
 @pytest.mark.parametrize("beta", [True, False])
 def test_gate_logits(beta: bool) -> None:
-    B, T, S, C, H = 2, 3, 19, 80, 5
+    B, T, S, C, H = 2, 3, 19, 600, 5  # more channels than two splits have
     (u,) = merged(1, B, T * S, C)
     args = (rand(H, C), rand(H), T) + ((rand(H, C, seed=1), rand(H, seed=1)) if beta else ())
     strength, decay = fused.gate_logits(u, *args)  # type: ignore[arg-type]

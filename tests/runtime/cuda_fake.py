@@ -6,14 +6,28 @@ checked against the kernel's index entry. Work on different streams is checked f
 
 from __future__ import annotations
 
+import ast
 import ctypes
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from sanawm_kernels.aot.spec import block_of
+
 Access = tuple[int, int, bool]  # first byte, byte after the last, written
 SIZES = {"i32": (4, ctypes.c_int32), "i64": (8, ctypes.c_int64), "fp32": (4, ctypes.c_float), "u32": (4, ctypes.c_uint32)}
 MEMORY_LIMIT = 2**31
+
+
+class TensorMap:
+    """A descriptor: its address, sizes, strides in bytes and box, innermost axis first, as text in 128 bytes."""
+
+    def __init__(self, *facts: Any) -> None:
+        self._bytes = ctypes.create_string_buffer(repr(facts).encode(), 128)
+
+    def getPtr(self) -> int:
+        return ctypes.addressof(self._bytes)
 
 
 class DriverMisuse(AssertionError):
@@ -23,17 +37,26 @@ class DriverMisuse(AssertionError):
 def index_entry(variant: Any, arch: str) -> dict[str, Any]:
     """What compilation would write for a variant: parameters in order, each at its natural alignment, two hidden pointers."""
     arguments = [{"name": name, "type": kind} for name, kind in variant.signature.items()]
-    sizes = [8 if a["type"].startswith("*") else SIZES[a["type"].partition(":")[0]][0] for a in arguments] + [8, 8]
+    sizes = [size for a in arguments for size in parameter_sizes(a["type"])] + [8, 8]
+    boxes = {a["name"]: described for a in arguments if (described := block_of(a["type"])) is not None}
+    descriptors = [{"argument": name, "box": [*shape[:-1], min(shape[-1], 64)], "swizzle": 3} for name, (_, shape) in boxes.items()]
     parameters, offset = [], 0
     for size in sizes:
-        offset = -(-offset // size) * size
+        offset = -(-offset // min(size, 64)) * min(size, 64)
         parameters.append([offset, size])
         offset += size
     return {
         "name": variant.name, "file": f"{variant.name}.cubin", "entry": variant.kernel.rpartition(":")[2], "arch": arch, "arguments": arguments,
-        "hidden": ["global_scratch", "profile_scratch"], "parameters": parameters, "num_warps": variant.num_warps, "shared_bytes": 1024, "scratch_bytes": 0,
-        "sha256": "0" * 64,
+        "hidden": ["global_scratch", "profile_scratch"], "parameters": parameters, "num_warps": variant.num_warps, "shared_bytes": 1024,
+        "descriptors": descriptors, "sha256": "0" * 64,
     }  # fmt: skip
+
+
+def parameter_sizes(kind: str) -> list[int]:
+    """Bytes of the parameters of an argument: a descriptor brings sizes and strides with it."""
+    if (described := block_of(kind)) is not None:
+        return [128] + [4] * len(described[1]) + [8] * len(described[1])
+    return [8 if kind.startswith("*") else SIZES[kind.partition(":")[0]][0]]
 
 
 class Launched(SimpleNamespace):
@@ -52,6 +75,11 @@ class FakeDriver:
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8)
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76)
     CUDA_MEMCPY2D = SimpleNamespace
+    CUtensorMapDataType = SimpleNamespace(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16=9, CU_TENSOR_MAP_DATA_TYPE_FLOAT32=7, CU_TENSOR_MAP_DATA_TYPE_UINT8=0)
+    CUtensorMapInterleave = SimpleNamespace(CU_TENSOR_MAP_INTERLEAVE_NONE=0)
+    CUtensorMapL2promotion = SimpleNamespace(CU_TENSOR_MAP_L2_PROMOTION_L2_128B=2)
+    CUtensorMapFloatOOBfill = SimpleNamespace(CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE=0)
+    CUtensorMapSwizzle = cuuint64_t = cuuint32_t = int
 
     def __init__(
         self,
@@ -297,6 +325,18 @@ class FakeDriver:
         self._shared[function] = value
         return (0,)
 
+    def cuTensorMapEncodeTiled(
+        self, dtype: int, rank: int, address: int, sizes: list[int], strides: list[int], box: list[int], steps: list[int], interleave: int,
+        swizzle: int, promotion: int, fill: int,
+    ) -> tuple[int, TensorMap]:  # fmt: skip
+        self._require(len(sizes) == len(box) == len(steps) == rank == len(strides) + 1, f"a descriptor of {rank} axes: {sizes}, {strides}, {box}")
+        self._require(address % 16 == 0 and not any(s % 16 or s <= 0 for s in strides), f"a descriptor at {address} with strides {strides}")
+        width = {9: 2, 7: 4, 0: 1}[dtype]
+        self._require(all(0 < b <= 256 for b in box) and box[0] * width <= 128 and swizzle == 3, f"a box of {box} elements of {width} bytes")
+        last = sum((n - 1) * s for n, s in zip(sizes[1:], strides)) + sizes[0] * width
+        self._require(self.room(address) >= last, f"a descriptor reaches {last} bytes, its memory has {self.room(address)}")
+        return 0, TensorMap(address, sizes, strides, box)
+
     def cuLaunchKernel(
         self, function: int, gx: int, gy: int, gz: int, bx: int, by: int, bz: int, shared: int, stream: int, parameters: int, extra: int
     ) -> tuple[int]:
@@ -305,21 +345,33 @@ class FakeDriver:
         self._require((bx, by, bz) == (32 * entry["num_warps"], 1, 1), f"{name}: block of {(bx, by, bz)}")
         self._require(0 < gx < 2**31 and 0 < gy < 65536 and 0 < gz < 65536, f"{name}: grid {(gx, gy, gz)}")
         self._require(shared == entry["shared_bytes"] and self._shared.get(function, 0) >= shared, f"{name}: {shared} bytes of shared memory")
-        pointers = (ctypes.c_void_p * len(entry["parameters"])).from_address(parameters)
+        pointers = iter((ctypes.c_void_p * len(entry["parameters"])).from_address(parameters))
         values: dict[str, Any] = {}
         accesses: list[Access] = []
-        for argument, pointer in zip(entry["arguments"], pointers):
+        for argument in entry["arguments"]:
+            first, *rest = itertools.islice(pointers, len(parameter_sizes(argument["type"])))
+            pointer = ctypes.c_void_p(first)
+            if rest:
+                value, sizes, strides, _ = ast.literal_eval(ctypes.string_at(pointer).decode())
+                given = [ctypes.c_int32.from_address(p).value for p in rest[: len(sizes)]]
+                self._require(given == list(reversed(sizes)), f"{name}: {argument['name']} has sizes {sizes} and says {given}")
+                apart = [ctypes.c_int64.from_address(p).value for p in rest[len(sizes) :]]
+                width = strides[0] // apart[-2] if strides else 1
+                self._require([s * width for s in apart[:-1]] == list(reversed(strides)) and apart[-1] == 1, f"{name}: strides {strides}, said {apart}")
+                accesses.append((value, value + 1, argument["name"] in self._writes[name]))
+                values[argument["name"]] = value
+                continue
             base, _, promise = argument["type"].partition(":")
             kind = ctypes.c_uint64 if base.startswith("*") else SIZES[base][1]
-            value = kind.from_address(pointer).value  # type: ignore[arg-type]
+            value = kind.from_address(first).value
             self._require(not promise or value % int(promise) == 0, f"{name}: {argument['name']} = {value} is no multiple of {promise}")
             if base.startswith("*"):
                 room = self.room(value)
                 accesses.append((value, value + 1, argument["name"] in self._writes[name]))
                 self._require(room > 0, f"{name}: {argument['name']} points nowhere")
             values[argument["name"]] = value
-        for pointer in pointers[len(entry["arguments"]) :]:
-            self._require(ctypes.c_uint64.from_address(pointer).value == 0, f"{name}: hidden pointers must be null")  # type: ignore[arg-type]
+        for hidden in pointers:
+            self._require(ctypes.c_uint64.from_address(hidden).value == 0, f"{name}: hidden pointers must be null")  # type: ignore[arg-type]
         launched = Launched(kernel=name, grid=(gx, gy, gz), values=values, stream=stream)
 
         def action() -> None:

@@ -17,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import cuda_fake
 import cuda_worlds
+from cuda_fake import parameter_sizes
 
 from sanawm.errors import BundleError, EngineError
 from sanawm.programs import TensorSpec, programs
-from sanawm_runtime.engines._cuda_kernels import Arguments, Kernel, read_index
+from sanawm_runtime.engines._cuda_kernels import Arguments, Kernel, pack, read_index
+from sanawm_runtime.engines._cuda_plan import View
 from sanawm_runtime.engines._cuda_weights import STAGE_BYTES, WeightTable, contents
 from sanawm_runtime.engines.cuda import CudaEngine
 
@@ -186,13 +188,13 @@ def test_synthetic_weights_are_the_packed_ones(built: cuda_worlds.Built, tmp_pat
 def _kernel(*types: str, **changes: Any) -> Kernel:
     arguments = [{"name": f"a{i}", "type": kind} for i, kind in enumerate(types)]
     parameters, offset = [], 0
-    for size in [8 if t.startswith("*") else {"i32": 4, "i64": 8, "fp32": 4}[t.partition(":")[0]] for t in types] + [8, 8]:
-        offset = -(-offset // size) * size
+    for size in [size for t in types for size in parameter_sizes(t)] + [8, 8]:
+        offset = -(-offset // min(size, 64)) * min(size, 64)
         parameters.append([offset, size])
         offset += size
     entry = {
         "name": "k", "file": "k.cubin", "entry": "k", "arch": "sm_90", "arguments": arguments, "hidden": ["a", "b"], "parameters": parameters,
-        "num_warps": 4, "shared_bytes": 0, "scratch_bytes": 0, "sha256": "0" * 64, "registers": 32,
+        "num_warps": 4, "shared_bytes": 0, "descriptors": [], "sha256": "0" * 64, "registers": 32,
     }  # fmt: skip
     return read_index(json.dumps({"kernels": [{**entry, **changes}]}).encode(), "index")["k"]
 
@@ -212,21 +214,41 @@ def test_arguments_that_do_not_fit_are_refused(types: tuple[str, ...], values: t
         Arguments(_kernel(*types), values)
 
 
-def test_scratch_memory_is_the_first_hidden_pointer() -> None:
-    def hidden(arguments: Arguments) -> list[int | None]:
-        places = (ctypes.c_void_p * 3).from_address(arguments.address)
-        return [ctypes.c_void_p.from_address(places[i] or 0).value for i in (1, 2)]
+BLOCKS = "tensordesc<bf16[128, 64]>"
+DESCRIPTOR = {"argument": "a0", "box": [128, 64], "swizzle": 3}
 
-    kernel = _kernel("i32", scratch_bytes=384)
-    assert kernel.scratch((3, 2, 1)) == 6 * 384
-    assert hidden(Arguments(kernel, (3,), 0x2000)) == [0x2000, None]
-    # A kernel that takes none gets none, whatever its stream has.
-    assert hidden(Arguments(_kernel("i32"), (3,), 0x2000)) == [None, None]
-    for address in (0, 0x2040):
-        with pytest.raises(EngineError, match="scratch memory aligned to 128"):
-            Arguments(kernel, (3,), address)
-    with pytest.raises(BundleError, match="without a pointer"):
-        _kernel("i32", scratch_bytes=384, hidden=[], parameters=[[0, 4]])
+
+def test_a_tensor_in_blocks_is_a_descriptor_with_sizes_and_strides() -> None:
+    asked = []
+
+    def describe(*facts: Any) -> bytes:
+        asked.append(facts)
+        return bytes(range(128))
+
+    kernel = _kernel(BLOCKS, "i32", descriptors=[DESCRIPTOR])
+    view = View("x", "bfloat16", (300, 112), (240, 1), 64)
+    arguments = pack(kernel, {"a0": view, "a1": 7}, lambda view: 0x1000 + view.offset, {}, describe)
+    assert asked == [(0x1040, "bfloat16", (300, 112), (240, 1), (128, 64), 3)]
+    places = (ctypes.c_void_p * 8).from_address(arguments.address)
+    assert ctypes.string_at(places[0] or 0, 128) == bytes(range(128))
+    kinds = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p)
+    assert [kind.from_address(place or 0).value for kind, place in zip(kinds, places[1:])] == [300, 112, 240, 1, 7, None, None]
+
+
+@pytest.mark.parametrize(
+    ("view", "address"),
+    [
+        (View("x", "bfloat16", (300, 112), (240, 1)), 0x1008),
+        (View("x", "bfloat16", (300, 112), (116, 1)), 0x1000),
+        (View("x", "bfloat16", (300, 112), (240, 2)), 0x1000),
+        (View("x", "bfloat16", (300, 1, 112), (240, 112, 1)), 0x1000),
+        (View("x", "float16", (300, 112), (240, 1)), 0x1000),
+    ],
+)
+def test_a_tensor_that_no_descriptor_can_show_is_refused(view: View, address: int) -> None:
+    kernel = _kernel(BLOCKS, descriptors=[DESCRIPTOR])
+    with pytest.raises(EngineError, match="a0 must be tensordesc<bf16\\[128, 64\\]> in rows at multiples of 16 bytes"):
+        pack(kernel, {"a0": view}, lambda view: address, {}, lambda *facts: bytes(128))
 
 
 def test_an_index_that_disagrees_with_its_code_is_refused() -> None:
@@ -234,6 +256,8 @@ def test_an_index_that_disagrees_with_its_code_is_refused() -> None:
         _kernel("*bf16", "i32", parameters=[[0, 8], [8, 8], [16, 8], [24, 8]])
     with pytest.raises(BundleError, match="rebuild"):
         _kernel("*bf16", num_warps=64)
+    with pytest.raises(BundleError, match="describes 0 of 1 tensors in blocks"):
+        _kernel(BLOCKS)
 
 
 def test_the_engine_needs_no_torch_and_no_cuda_to_import() -> None:

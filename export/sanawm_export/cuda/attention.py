@@ -151,7 +151,8 @@ def _pair(
     done, out, fill, parameters = _outputs(ctx, "camera", M, H, D, product)
     bindings: dict[str, Any] = {
         "N": M, "programs": programs, "main_scale": c.main_scale, "camera_scale": c.camera_scale, "main_out": main, "camera_out": out,
-        "rays": camera["rays"], "cos": camera["cam_cos"], "sin": camera["cam_sin"], **fill, **_addressed("main_q", q, H), **_addressed("camera_q", cam_q, H),
+        "rays": camera["rays"], "cos": camera["cam_cos"], "sin": camera["cam_sin"], **fill,
+        **_addressed("main_q", q, H), **_addressed("camera_q", cam_q, H),
     }  # fmt: skip
     keys = 0
     for branch, segments in (("main", windows), ("camera", cam_windows)):

@@ -166,8 +166,8 @@ class _DescribedDecoder(_Decoder):
         result = self._result(name, x, N, mode)
         out = self._pitched(f"{name}.parts", tile.splits * T, H, W, N, "float32") if parts else result.pixels
         bindings = {
-            "x": x.pixels, "weight": self._weight(f"{name}.weight"), "bias": bias, "skip": skip, "out": out,
-            "select": None if skip is None or parts else self._selection(mode, C, N),
+            "x": x.pixels, "weight": self._weight(f"{name}.weight"), "bias": bias, "skip": None if skip is None else _matrix(skip),
+            "out": out if mode in ("pixels", "upsample") else _matrix(out), "select": None if skip is None or parts else self._selection(mode, C, N),
         }  # fmt: skip
         variant = plans.described_conv(self.kind, T, H, W, C, N, mode, self.first, tile, self.weights.config.patch)
         flops = 2 * T * H * W * N * 27 * C
@@ -198,3 +198,9 @@ class _DescribedDecoder(_Decoder):
         stride = plans.frame_stride(height, width)
         whole = self.tape.tensor(name, (count * stride, channels), dtype)
         return replace(whole, shape=(count, height, width, channels), strides=(stride * channels, (width + 2) * channels, channels, 1))
+
+
+def _matrix(frames: View) -> View:
+    """Pitched frames as rows of channels, with what lies between their rows and after the last."""
+    count, stride, channels = frames.shape[0], frames.strides[0], frames.shape[3]
+    return replace(frames, shape=(count * stride // channels, channels), strides=(channels, 1))

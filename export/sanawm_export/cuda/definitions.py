@@ -110,14 +110,14 @@ def window_attention(a: Arguments, c: Arguments) -> None:
     _store(a, *attention.window_attention(_heads(a["q"], c), segments, a["softmax_scale"], ucpe=ucpe, quantize=_request(a, c)))
 
 
-def window_pair(a: Arguments, c: Arguments) -> None:
+def finish_pair(a: Arguments, c: Arguments) -> None:
     def branch(name: str) -> list[Segment]:
-        return [Segment(_heads(a[f"{name}_k{i}"], c), _heads(a[f"{name}_v{i}"], c)) for i in range(3) if f"{name}_k{i}" in a]
+        return [Segment(_batched(a[f"{name}_k{i}"]), _batched(a[f"{name}_v{i}"])) for i in range(3) if f"{name}_k{i}" in a]
 
     ucpe = InverseUCPE(a["rays"], a["cos"], a["sin"])
-    main = attention.window_attention(_heads(a["main_q"], c), branch("main"), a["main_scale"])
+    main = attention.window_attention(_batched(a["main_q"]), branch("main"), a["main_scale"])
     _store({"out": a["main_out"]}, *main)
-    camera = attention.window_attention(_heads(a["camera_q"], c), branch("camera"), a["camera_scale"], ucpe=ucpe, quantize=_request(a, c))
+    camera = attention.window_attention(_batched(a["camera_q"]), branch("camera"), a["camera_scale"], ucpe=ucpe, quantize=_request(a, c))
     _store({**a, **({"out": a["camera_out"]} if "camera_out" in a else {})}, *camera)
 
 
@@ -209,6 +209,11 @@ def temporal_conv(a: Arguments, c: Arguments) -> None:
     _finish(shifted @ weight.t(), a, c)
 
 
+def pingpong(a: Arguments, c: Arguments) -> None:
+    constants = {**c, "FRAME": c["TOKENS"], "SLICES": 1, "BF16": True, "QUANT": 0}
+    (gemm if c["TAPS"] == 1 else temporal_conv)(a, constants)
+
+
 def transpose(a: Arguments, c: Arguments) -> None:
     a["out"].copy_(chunk.transpose(a["x"], a["out"].dtype))
 
@@ -263,17 +268,23 @@ def padded_frames(a: Arguments, c: Arguments) -> None:
     a["state"].copy_(out[-2:, 1:-1, 1:-1].reshape(a["state"].shape))
 
 
+def _pitched(x: Tensor, c: Arguments) -> Tensor:
+    """The pixels of frames (frames * STRIDE, C) whose rows are W + 2 pixels apart."""
+    return conv.frames(x, x.shape[0] // c["STRIDE"], c["H"], c["W"], c["W"] + 2)
+
+
 def described_conv(a: Arguments, c: Arguments) -> None:
     T, H, W = c["T"], c["H"], c["W"]
     y = conv.padded_conv(a["x"].reshape(T + 2, H + 2, W + 2, -1), a["weight"], a.get("bias"))
     if c["MODE"] == MODES["upsample"]:
-        y = conv.upsampled(y, a["skip"], c["FIRST"])
+        y = conv.upsampled(y, _pitched(a["skip"], c), c["FIRST"])
     elif c["MODE"] == MODES["pixels"]:
         y = conv.pixels(y.to(a["x"].dtype), c["PATCH"]).reshape(a["out"].shape)
     elif "skip" in a:
-        y = y + wide(a["skip"])
+        y = y + wide(_pitched(a["skip"], c))
+    out = a["out"] if c["MODE"] in (MODES["upsample"], MODES["pixels"]) else _pitched(a["out"], c)
     # All in the first part of several.
-    a["out"].zero_()[: len(y)] = y
+    out.zero_()[: len(y)] = y
 
 
 def summed_parts(a: Arguments, c: Arguments) -> None:
@@ -293,13 +304,14 @@ DEFINITIONS: Mapping[str, Callable[[Arguments, Arguments], None]] = {
     "sanawm_kernels.tokenwise.heads:rope_heads": rope_heads,
     "sanawm_kernels.tokenwise.heads:ucpe_heads": ucpe_heads,
     "sanawm_kernels.attention.kernels:window_attention": window_attention,
-    "sanawm_kernels.attention.pair:window_pair": window_pair,
+    "sanawm_kernels.attention.finish:finish_pair": finish_pair,
     "sanawm_kernels.attention.cross:cross_attention": cross_attention,
     "sanawm_kernels.gdn.apply:apply": block_gdn,
     "sanawm_kernels.gemm.kernels:gemm": gemm,
     "sanawm_kernels.gemm.kernels:temporal_conv": temporal_conv,
     "sanawm_kernels.gemm.tma:gemm": gemm,
     "sanawm_kernels.gemm.tma:temporal_conv": temporal_conv,
+    "sanawm_kernels.gemm.pingpong:gemm": pingpong,
     "sanawm_kernels.chunk.kernels:transpose": transpose,
     "sanawm_kernels.chunk.kernels:modulation_rows": modulation_rows,
     "sanawm_kernels.chunk.kernels:ray_matrices": ray_matrices,

@@ -124,8 +124,8 @@ def _finish_arguments(finish: Mapping[str, View]) -> dict[str, Any]:
 
 def parts_of_squares(ctx: Context, name: str, columns: int) -> int:
     """Partial sums of squares a row that the product's epilogue writes."""
-    config = default_config(ctx.target, _unit(ctx, name), columns)
-    return math.ceil(columns / (config.columns // config.slices))
+    config = default_config(ctx.target, _unit(ctx, name), columns, Finish(out=ctx.kind, squares=True))
+    return math.ceil(columns / config.squares_width)
 
 
 def product(
@@ -167,7 +167,7 @@ def product(
         weight=ctx.kind, **parameters,
     )  # fmt: skip
     unit = _unit(ctx, name)
-    config = default_config(ctx.target, unit, columns)
+    config = default_config(ctx.target, unit, columns, finish)
     variant = plans.gemm(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), columns, depth, tokens, finish, config)
     bindings = {**_a_arguments(x), **b, "bias": bias, **_finish_arguments(operands), "out": result, "squares": squares, **fill, "M": M}
     written = ("out", "codes", "scales", "squares")
@@ -189,7 +189,11 @@ def tile_quantization(
 
 def temporal_head(ctx: Context, name: str, columns: int, frame: int) -> int:
     """Rows that the temporal product `name` wants free before its operand, for the frame that comes before it."""
-    return frame if default_config(ctx.target, _unit(ctx, name), columns).tma else 0
+    return frame if default_config(ctx.target, _unit(ctx, name), columns, _temporal_finish(ctx), taps=3).form != "pointers" else 0
+
+
+def _temporal_finish(ctx: Context) -> Finish:
+    return Finish(out=ctx.kind, add=True, frame_gate=ctx.kind, residual=True, weight=ctx.kind)
 
 
 def temporal_product(
@@ -203,9 +207,8 @@ def temporal_product(
     head = temporal_head(ctx, name, C, frame) if tail is not None else 0
     x = as_operand(ctx, label, x, name, head)
     b = _b_arguments(ctx, name, None)
-    finish = Finish(out=ctx.kind, add=True, frame_gate=ctx.kind, residual=True, weight=ctx.kind)
-    unit = _unit(ctx, name)
-    config = default_config(ctx.target, unit, C)
+    unit, finish = _unit(ctx, name), _temporal_finish(ctx)
+    config = default_config(ctx.target, unit, C, finish, taps=3)
     variant = plans.temporal_conv(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), C, C, frame, M, tail is not None, finish, config)
     out = ctx.tensor(label, M, C)
     operands = {"add": add, "frame_gate": frame_gate, "residual": residual}

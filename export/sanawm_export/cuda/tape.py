@@ -9,8 +9,22 @@ from typing import Any
 
 from sanawm.programs import Program
 from sanawm_export.cuda.arena import place
-from sanawm_kernels.aot.spec import KernelVariant
-from sanawm_runtime.engines._cuda_plan import DTYPES, TRITON_TYPES, WEIGHT_PREFIX, Argument, Buffer, Copy, Launch, Plan, Role, Step, View, dense
+from sanawm_kernels.aot.spec import KernelVariant, block_of
+from sanawm_runtime.engines._cuda_plan import (
+    DTYPES,
+    ITEM_BYTES,
+    TRITON_TYPES,
+    WEIGHT_PREFIX,
+    Argument,
+    Buffer,
+    Copy,
+    Launch,
+    Plan,
+    Role,
+    Step,
+    View,
+    dense,
+)
 
 
 @dataclass(frozen=True)
@@ -134,6 +148,13 @@ class Tape:
 def _checked(what: str, kind: str, value: Argument) -> Argument:
     """A value that keeps the promises of its signature entry."""
     base, _, promise = kind.partition(":")
+    if (described := block_of(kind)) is not None:
+        if not isinstance(value, View) or TRITON_TYPES[value.dtype] != described[0] or len(value.shape) != len(described[1]):
+            raise ValueError(f"{what}: expected a tensor of {described[0]} with {len(described[1])} axes, found {value}")
+        size = ITEM_BYTES[value.dtype]
+        if value.strides[-1] != 1 or value.offset % 16 or any(stride * size % 16 for stride in value.strides[:-1]):
+            raise ValueError(f"{what}: expected rows of adjacent elements at multiples of 16 bytes, found {value}")
+        return value
     if base.startswith("*"):
         if not isinstance(value, View) or (DTYPES.get(base[1:]) != value.dtype and TRITON_TYPES[value.dtype] != base[1:]):
             raise ValueError(f"{what}: expected a tensor of {base[1:]}, found {value}")

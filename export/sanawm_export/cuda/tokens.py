@@ -40,9 +40,9 @@ def gate_logits(ctx: Context, label: str, u: View, block: str, frames: int, beta
     M, C = u.shape
     H = ctx.config.heads
     tiles = block_plans.gate_tiles(ctx.kind, ctx.kind, C, H, M // frames, beta is None)
-    means = block_plans.gate_means(ctx.kind, H, M // frames)
+    means = block_plans.gate_means(ctx.kind, H, M // frames, beta is None)
     with ctx.tape.group():
-        partial = ctx.tensor(f"{label}.partial", frames, means.constexprs["TILES"], means.constexprs["BH"], dtype="float32")
+        partial = ctx.tensor(f"{label}.partial", frames, means.constexprs["SHARES"], means.constexprs["BH"], dtype="float32")
         out = ctx.tensor(label, frames, H, dtype="float32")
         weight, bias = ctx.weight(f"{block}.decay.weight"), ctx.weight(f"{block}.decay.bias")
         bindings = {"u": u, "u_row": row_stride(u), "decay_weight": weight, "partial": partial}

@@ -14,16 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sanawm_kernels.aot import elf
-from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_kernels.aot.spec import KernelVariant, block_of
 
 # Part of every cache key: raise it when the way of compiling changes.
-RECIPE = 2
-# Pointers that Triton appends to every kernel's parameters. The first is null but for kernels that make descriptors, `scratch_bytes` a program, in
-# memory aligned to `SCRATCH_ALIGNMENT`; the second is always null.
+RECIPE = 3
+# Pointers that Triton appends to every kernel's parameters; null, as no kernel here asks for such memory.
 HIDDEN = ("global_scratch", "profile_scratch")
-SCRATCH_ALIGNMENT = 128
 # What the cubin does not say and a cache entry keeps beside it.
-SIZES = ("shared_bytes", "scratch_bytes")
+FACTS = ("shared_bytes", "descriptors")
 # Bytes of dynamic shared memory a block may ask for, by compute capability (CUDA C++ Programming Guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 120: 101376, 121: 101376}
 # Architectures on which a hot kernel may not spill.
@@ -83,17 +81,9 @@ def compile_variant(variant: KernelVariant, target: int, ptx_version: int | None
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = _compilable(variant)
-    signature, aligned = {}, {}
-    for position, name in enumerate(kernel.arg_names):
-        kind, _, promise = variant.signature.get(name, "constexpr").partition(":")
-        signature[name] = kind
-        if promise:
-            aligned[(position,)] = [["tt.divisibility", int(promise)]]
-    constants = {(kernel.arg_names.index(name),): value for name, value in variant.constexprs.items()}
-    source = ASTSource(kernel, signature, constants, aligned)
+    source = source_of(variant, kernel)
     # Triton's own cache is left empty and unused: it knows nothing of the switches below.
     with tempfile.TemporaryDirectory(prefix="sanawm-triton-") as scratch, triton.knobs.cache.scope(), triton.knobs.compilation.scope():
         triton.knobs.cache.dir = scratch
@@ -103,16 +93,54 @@ def compile_variant(variant: KernelVariant, target: int, ptx_version: int | None
         except Exception as error:
             raise CompileError(f"{variant.name} for sm_{target}: {type(error).__name__}: {error}") from error
     cubin: bytes = built.asm["cubin"]
-    if built.metadata.global_scratch_align > SCRATCH_ALIGNMENT:
-        raise CompileError(f"{variant.name}: expected scratch memory aligned to {SCRATCH_ALIGNMENT}, found {built.metadata.global_scratch_align}")
-    sizes = {"shared_bytes": int(built.metadata.shared), "scratch_bytes": int(built.metadata.global_scratch_size)}
-    entry = describe(variant, kernel.arg_names, cubin, sizes)
+    if built.metadata.global_scratch_size:
+        raise CompileError(f"{variant.name}: asks for {built.metadata.global_scratch_size} bytes of scratch memory, which launchers do not give")
+    described = [name for name in kernel.arg_names if block_of(variant.signature.get(name, ""))]
+    boxes = built.metadata.tensordesc_meta or [] if described else []
+    descriptors = [{"argument": name, "box": list(box["block_size"]), "swizzle": box["swizzle"]} for name, box in zip(described, boxes, strict=True)]
+    entry = describe(variant, kernel.arg_names, cubin, {"shared_bytes": int(built.metadata.shared), "descriptors": descriptors})
     _check(variant, entry, target)
     return cubin, entry
 
 
-def describe(variant: KernelVariant, order: list[str], cubin: bytes, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Index entry of a compiled variant: what a launcher needs, `sizes` of its memory among it, and what the ELF says."""
+def source_of(variant: KernelVariant, kernel: Any) -> Any:
+    """What Triton compiles: a kernel in its own language, or in Gluon, where descriptors say how blocks lie in shared memory."""
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+
+    gluon = isinstance(kernel, GluonJITFunction)
+    signature, aligned = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        entry = variant.signature.get(name, "constexpr")
+        if (described := block_of(entry)) is not None:
+            signature[name] = f"{entry[:-1]},{block_layout(*described)!r}>" if gluon else entry
+            continue
+        signature[name], _, promise = entry.partition(":")
+        if promise:
+            aligned[(position,)] = [["tt.divisibility", int(promise)]]
+    constants = {(kernel.arg_names.index(name),): value for name, value in variant.constexprs.items()}
+    return (GluonASTSource if gluon else ASTSource)(kernel, signature, constants, aligned)
+
+
+def block_layout(kind: str, shape: tuple[int, ...]) -> Any:
+    """Where the elements of a Gluon kernel's blocks lie in shared memory: as matrix instructions and the tensor memory accelerator want them."""
+    from triton.experimental.gluon import language as gl
+
+    element = {"bf16": gl.bfloat16, "fp16": gl.float16, "fp32": gl.float32, "fp8e4nv": gl.float8e4nv}[kind]
+    return gl.NVMMASharedLayout.get_default_for(list(shape), element)
+
+
+def parameters_of(entry: str) -> int:
+    """Parameters of the code that stand for an argument: a descriptor is followed by its tensor's sizes and strides."""
+    described = block_of(entry)
+    return 1 if described is None else 1 + 2 * len(described[1])
+
+
+def describe(variant: KernelVariant, order: list[str], cubin: bytes, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Index entry of a compiled variant: what a launcher needs, `FACTS` among it, and what the ELF says.
+
+    descriptors: for each argument that is one, in order, the box that one instruction copies and its swizzle (CUtensorMapSwizzle).
+    """
     code = elf.read(cubin)
     arguments = [{"name": name, "type": variant.signature[name]} for name in order if name in variant.signature]
     return {
@@ -121,15 +149,14 @@ def describe(variant: KernelVariant, order: list[str], cubin: bytes, sizes: Mapp
         "entry": code.entry,
         "arch": f"sm_{code.arch}",
         "arguments": arguments,
-        "hidden": list(HIDDEN[: len(code.parameters) - len(arguments)]),
+        "hidden": list(HIDDEN[: len(code.parameters) - sum(parameters_of(a["type"]) for a in arguments)]),
         "parameters": [list(parameter) for parameter in code.parameters],
         "constants": _plain(variant.constexprs),
         "grid": list(variant.grid),
         "grid_sizes": list(variant.grid_sizes),
         "num_warps": code.threads // 32,
         "num_ctas": int(variant.options.get("num_ctas", 1)),
-        "shared_bytes": sizes["shared_bytes"],
-        "scratch_bytes": sizes["scratch_bytes"],
+        **{name: facts[name] for name in FACTS},
         "registers": code.registers,
         "spill_bytes": code.stack_bytes,
         "spill_reason": variant.spill_reason,
@@ -140,8 +167,8 @@ def describe(variant: KernelVariant, order: list[str], cubin: bytes, sizes: Mapp
 def _check(variant: KernelVariant, entry: dict[str, Any], target: int) -> None:
     if entry["arch"] != f"sm_{target}":
         raise CompileError(f"{variant.name}: expected code for sm_{target}, the compiler made code for {entry['arch']}")
-    if len(entry["parameters"]) != len(entry["arguments"]) + len(HIDDEN):
-        wanted, found = len(entry["arguments"]), len(entry["parameters"])
+    wanted, found = sum(parameters_of(a["type"]) for a in entry["arguments"]), len(entry["parameters"])
+    if found != wanted + len(HIDDEN):
         raise CompileError(f"{variant.name}: expected {wanted} parameters and {len(HIDDEN)} hidden, found {found}")
     if entry["shared_bytes"] > SHARED_LIMIT[target]:
         raise CompileError(f"{variant.name}: needs {entry['shared_bytes']} bytes of shared memory, sm_{target} has {SHARED_LIMIT[target]}")
@@ -153,8 +180,8 @@ def in_worker(variant: KernelVariant, target: int, ptx_version: int | None, cach
     """`compile_variant` through the cache directory; the last value says whether the cache had it."""
     path = None if cache is None else os.path.join(cache, (key := cache_key(variant, target, ptx_version))[:2], key)
     if path is not None and (found := _cached(path)) is not None:
-        cubin, sizes = found
-        entry = describe(variant, _compilable(variant).arg_names, cubin, sizes)
+        cubin, facts = found
+        entry = describe(variant, _compilable(variant).arg_names, cubin, facts)
         _check(variant, entry, target)
         return cubin, entry, True
     cubin, entry = compile_variant(variant, target, ptx_version)
@@ -162,22 +189,22 @@ def in_worker(variant: KernelVariant, target: int, ptx_version: int | None, cach
         os.makedirs(os.path.dirname(path), exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
         with os.fdopen(handle, "wb") as file:
-            file.write(json.dumps({name: entry[name] for name in ("sha256", *SIZES)}).encode() + b"\n" + cubin)
+            file.write(json.dumps({name: entry[name] for name in ("sha256", *FACTS)}).encode() + b"\n" + cubin)
         os.replace(temporary, path)
     return cubin, entry, False
 
 
-def _cached(path: str) -> tuple[bytes, dict[str, int]] | None:
-    """Cubin and sizes of a cache entry; None if there is none or it is damaged."""
+def _cached(path: str) -> tuple[bytes, dict[str, Any]] | None:
+    """Cubin and facts of a cache entry; None if there is none or it is damaged."""
     try:
         with open(path, "rb") as file:
             head, cubin = file.readline(), file.read()
         facts = json.loads(head)
         whole = hashlib.sha256(cubin).hexdigest() == facts["sha256"]
-        sizes = {name: int(facts[name]) for name in SIZES}
+        known = {name: facts[name] for name in FACTS}
     except (FileNotFoundError, ValueError, KeyError):
         return None
-    return (cubin, sizes) if whole else None
+    return (cubin, known) if whole else None
 
 
 def start_worker() -> None:

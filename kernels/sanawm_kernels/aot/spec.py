@@ -21,6 +21,18 @@ from sanawm_kernels.aot import grid
 TARGETS = (80, 86, 89, 90, 100, 103, 120, 121)
 
 _TYPE = re.compile(r"(\*(bf16|fp16|fp32|fp64|fp8e4nv|fp8e5|u8|i8|i32|i64)|bf16|fp16|fp32|fp64|i1|i8|i32|u32|i64)(:16)?")
+_BLOCKS = re.compile(r"tensordesc<(bf16|fp16|fp32|fp8e4nv)\[(\d+(?:, \d+)*)\]>")
+
+
+def blocks(kind: str, *shape: int) -> str:
+    """Signature entry of a tensor that the kernel takes in blocks of that shape, through a descriptor of the tensor memory accelerator."""
+    return f"tensordesc<{kind}[{', '.join(map(str, shape))}]>"
+
+
+def block_of(entry: str) -> tuple[str, tuple[int, ...]] | None:
+    """Element type and shape of a `blocks` entry; None for any other."""
+    found = _BLOCKS.fullmatch(entry)
+    return None if found is None else (found[1], tuple(map(int, found[2].split(", "))))
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ class KernelVariant:
     name: unique, stable, dotted (`gdn.summarize.d112.bf16`); the launcher looks it up.
     kernel: import path of the `@triton.jit` function, `module:function`.
     signature: the run-time arguments and their Triton types, in any order; `:16` promises an address aligned to 16 bytes, or an
-        integer that is a multiple of 16 (`*bf16:16`, `i32:16`). The launcher must keep the promise.
+        integer that is a multiple of 16 (`*bf16:16`, `i32:16`). The launcher must keep the promise. `blocks` says that a descriptor is taken.
     constexprs: every other parameter and its value.
     grid: three grid rules (see `sanawm_kernels.aot.grid`) over integer arguments, integer constexprs and `grid_sizes`.
     grid_sizes: names the grid needs that the kernel does not take; the launcher supplies them.
@@ -125,7 +137,7 @@ class KernelVariant:
         if self.kernel.count(":") != 1:
             raise ValueError(f"{self.name}: kernel '{self.kernel}' must be 'module:function'")
         for argument, kind in self.signature.items():
-            if not _TYPE.fullmatch(kind):
+            if not _TYPE.fullmatch(kind) and block_of(kind) is None:
                 raise ValueError(f"{self.name}: argument {argument} has unknown type '{kind}'")
         if both := sorted(set(self.signature) & set(self.constexprs)):
             raise ValueError(f"{self.name}: {', '.join(both)} given both as arguments and as constants")

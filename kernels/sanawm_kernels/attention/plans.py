@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from sanawm_kernels.aot.spec import KernelVariant
-from sanawm_kernels.attention.table import Tile
+from sanawm_kernels.aot.spec import KernelVariant, blocks
+from sanawm_kernels.attention.table import PairTile, Tile
 from sanawm_kernels.tokenwise.block_plans import power_of_two
 from sanawm_kernels.tokenwise.plans import (
     LAYER_EPS,
@@ -84,41 +84,85 @@ def window_attention(
 
 
 @cache
-def window_pair(
-    kind: str, heads: int, width: int, segments: int, tile: Tile, *, keep: bool = True, quant: str | None = None, swizzled: bool = False,
-    native: bool = False,
-) -> KernelVariant:  # fmt: skip
-    """Attention of both branches over `segments` runs of keys in one launch; the camera branch's output may be quantized."""
-    row = stride(heads * width)
-    entries: dict[str, str | None] = {}
-    for branch in ("main", "camera"):
-        entries |= {f"{branch}_q": pointer(kind), f"{branch}_q_row": row}
+def window_pair(heads: int, width: int, segments: int, tile: PairTile) -> KernelVariant:
+    """Attention of both branches over `segments` runs of keys in one launch, in bfloat16; `finish_pair` has to follow."""
+    queries, keys = blocks("bf16", 64, 1, 128), blocks("bf16", tile.keys, 1, 128)
+    entries: dict[str, str | None] = {"main_q": queries, "camera_q": queries}
     for i in range(3):
         here = i < segments
-        for name in (f"{branch}_{x}{i}" for branch in ("main", "camera") for x in "kv"):
-            entries |= {name: pointer(kind if here else None), f"{name}_row": row if here else None}
-        entries[f"n{i}"] = "i32" if here else None
-    entries |= dict.fromkeys(("rays", "cos", "sin"), "*fp32:16") | {"main_out": pointer(kind), "camera_out": pointer(kind if keep else None)}
-    entries |= quant_entries(quant) | {"N": "i32", "main_scale": "fp32", "camera_scale": "fp32"}
+        entries |= dict.fromkeys(_segment(i), keys if here else None) | {f"n{i}": "i32" if here else None}
+    entries |= {"main_out": pointer("bf16"), "seen": pointer("bf16")} | dict.fromkeys(("sums", "parts", "part_sums"), pointer("fp32"))
+    entries |= {"N": "i32", "programs": "i32", "main_scale": "fp32", "camera_scale": "fp32"}
     signature, absent = arguments(entries)
     constants = {
-        "HEADS": heads, "D": width, "P": power_of_two(width, 16), "BM": tile.queries, "BN": tile.keys,
-        "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native), "BF16": kind == "bf16", "PRECISION": "ieee",
+        "HEADS": heads, "D": width, "BM": tile.queries, "BN": tile.keys, "STAGES": tile.stages, "PARTS": tile.parts, "TURNS": tile.turns,
+        "TIE": tile.tie,
     }  # fmt: skip
     return KernelVariant(
-        name=f"attention.pair.h{heads}.d{width}.s{segments}.{kind}{quant_name(quant, swizzled, keep)}",
+        name=f"attention.pair.h{heads}.d{width}.s{segments}.bf16",
         kernel="sanawm_kernels.attention.pair:window_pair",
         signature=signature,
         constexprs=absent | constants,
-        # Two programs a multiprocessor, one of each branch.
-        grid=("min(cdiv(N, BM) * HEADS, SMS)", "2", "1"),
-        grid_sizes=("SMS",),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        targets=targets_of(quant),
+        # One program a multiprocessor.
+        grid=("2 * programs", "1", "1"),
+        # A consumer's; the kernel adds the others and the loader.
+        num_warps=4,
+        targets=(90,),
         hot=True,
-        spill_reason="a few addresses, once a tile of queries; the loops over keys have no local memory access",
+        spill_reason="a few sizes and addresses, once a tile of queries; the loops over keys have no local memory access",
     )
+
+
+@cache
+def finish_pair(
+    heads: int, width: int, segments: int, tile: PairTile, *, keep: bool = True, quant: str | None = None, swizzled: bool = False,
+    native: bool = False,
+) -> KernelVariant:  # fmt: skip
+    """What follows `window_pair` of that tile; the camera branch's output may be quantized."""
+    row = stride(heads * width)
+    entries: dict[str, str | None] = {}
+    for name in ("main_q", "camera_q"):
+        entries |= {f"{name}_at": pointer("bf16"), f"{name}_row": row}
+    for i in range(3):
+        here = i < segments
+        for name in _segment(i):
+            entries |= {f"{name}_at": pointer("bf16" if here else None), f"{name}_row": row if here else None}
+        entries[f"n{i}"] = "i32" if here else None
+    entries |= {"seen": pointer("bf16")} | dict.fromkeys(("sums", "parts", "part_sums", "rays", "cos", "sin"), pointer("fp32"))
+    entries |= {"main_out": pointer("bf16"), "camera_out": pointer("bf16" if keep else None)} | quant_entries(quant)
+    entries |= {"N": "i32", "programs": "i32", "main_scale": "fp32", "camera_scale": "fp32"}
+    signature, absent = arguments(entries)
+    constants = {
+        "HEADS": heads, "D": width, "P": power_of_two(width, 16), "BM": tile.queries, "PARTS": tile.parts, "ROWS": 32, "BN": 32,
+        "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native), "BF16": True, "PRECISION": "ieee",
+    }  # fmt: skip
+    return KernelVariant(
+        name=f"attention.pair_finish.h{heads}.d{width}.s{segments}.bf16{quant_name(quant, swizzled, keep)}",
+        kernel="sanawm_kernels.attention.finish:finish_pair",
+        signature=signature,
+        constexprs=absent | constants,
+        grid=("cdiv(N, ROWS)", "HEADS", "2"),
+        num_warps=4,
+        num_stages=1,
+        targets=(90,),
+        hot=True,
+    )
+
+
+def _segment(i: int) -> list[str]:
+    """Names of the i-th segment's keys and values of both branches."""
+    return [f"{branch}_{x}{i}" for branch in ("main", "camera") for x in "kv"]
+
+
+def pair_scratch(N: int, heads: int, width: int, tile: PairTile, programs: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of what `window_pair` with `programs` programs a branch leaves to `finish_pair`, by argument."""
+    divided = max(1, -(-N // tile.queries) * heads % programs)
+    return {
+        "seen": ((N, heads * width), "bfloat16"),
+        "sums": ((2, heads, N), "float32"),
+        "parts": ((2, divided, tile.parts, tile.queries, width), "float32"),
+        "part_sums": ((2, divided, tile.parts, tile.queries), "float32"),
+    }
 
 
 @cache

@@ -17,6 +17,22 @@ class Tile:
     stages: int
 
 
+@dataclass(frozen=True)
+class PairTile:
+    """Settings of `pair.window_pair`: consumers of 64 queries each, keys of a block, pipeline stages, parts of a divided tile, and its switches."""
+
+    consumers: int
+    keys: int
+    stages: int
+    parts: int
+    turns: bool
+    tie: bool
+
+    @property
+    def queries(self) -> int:
+        return 64 * self.consumers
+
+
 _INTERPRETER = (0,)
 _HOPPER = (90,)
 _DATA_CENTRE = (100, 103)
@@ -31,14 +47,15 @@ def _tile(queries: int, keys: int) -> dict[str, int]:
     return {"queries": queries, "keys": keys}
 
 
+def _pair(consumers: int, keys: int, parts: int, turns: bool = True, tie: bool = True) -> dict[str, int | bool]:
+    return {"consumers": consumers, "keys": keys, "parts": parts, "turns": turns, "tie": tie}
+
+
 TABLE: tuple[Row, ...] = (
     Row("window", _INTERPRETER, _tile(32, 32), 4, 1, _DATE, "small enough for tests, with tails at small sizes"),
     Row("cross", _INTERPRETER, _tile(32, 32), 4, 1, _DATE, "small enough for tests, with tails at small sizes"),
-    Row("pair", _INTERPRETER, _tile(32, 32), 4, 1, _DATE, "small enough for tests, with tails at small sizes"),
-    Row(
-        "pair", _HOPPER, _tile(64, 64), 4, 3, "2026-11-27",
-        "893 us both branches on an H200, 128 x 128 on 8 warps 965; two programs a multiprocessor hide each other's exponentials", {"kind": "bf16"},
-    ),
+    Row("pair", _INTERPRETER, _pair(2, 32, 2), 4, 2, _DATE, "what `finish_pair` completes there; the interpreter does not run Gluon"),
+    Row("pair", _HOPPER, _pair(3, 64, 4), 4, 4, "2026-11-27", "573.6 us both branches on an H200, two consumers and 128 keys 606, no roles 893"),
     Row("window", _HOPPER, _tile(128, 128), 8, 2, _DATE, _INSPECTED + "160 KiB, none spilled", {"kind": "bf16"}),
     Row("window", _HOPPER, _tile(128, 128), 8, 3, _DATE, _INSPECTED + "112 KiB, none spilled", {"kind": "fp8e4nv"}),
     Row("window", _DATA_CENTRE, _tile(128, 64), 8, 3, _DATE, _INSPECTED + "128 keys spill in the loop"),
@@ -52,9 +69,15 @@ TABLE: tuple[Row, ...] = (
 
 
 def tile(kernel: str, target: int, kind: str, quant: str | None = None) -> Tile:
-    """Tile of "window", "pair" or "cross" attention for operands of `kind`; ValueError for an architecture without a row."""
+    """Tile of "window" or "cross" attention for operands of `kind`; ValueError for an architecture without a row."""
     row = choose(TABLE, kernel, target, kind="bf16" if kind == "fp16" else kind, quant=quant)
     return Tile(row.settings["queries"], row.settings["keys"], row.num_warps, row.num_stages)
+
+
+def pair_tile(target: int) -> PairTile:
+    """Settings of both branches' attention in one launch, where `paired` says so and, for tests of `finish_pair`, in the interpreter."""
+    row = choose(TABLE, "pair", target)
+    return PairTile(**row.settings, stages=row.num_stages)
 
 
 def paired(target: int, kind: str) -> bool:

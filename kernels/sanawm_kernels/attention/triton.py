@@ -95,39 +95,46 @@ def window_pair(
     ucpe: InverseUCPE,
     *,
     quantize: Quantize | None = None,
-    tile: table.Tile | None = None,
+    tile: table.PairTile | None = None,
 ) -> tuple[Tensor, Output]:
-    """`naive.window_attention` of one batch's main branch (N, C), and of its camera branch, with `ucpe` and `quantize`, in one launch.
+    """`naive.window_attention` of one batch's main branch (N, C), and of its camera branch, with `ucpe` and `quantize`, in bfloat16, on Hopper.
 
     Keys and values of a segment are (n, H, D); segments of both branches are equally long. `tile` overrides the table's choice (for tuning).
     """
     what = "window_pair"
     N, H, D = main_q_NHD.shape
-    kind, device = type_name(main_q_NHD, f"{what} q"), main_q_NHD.device
+    device = main_q_NHD.device
     lengths = [segment.keys.shape[0] for segment in main]
     if not 1 <= len(lengths) <= 3 or lengths != [segment.keys.shape[0] for segment in camera] or 0 in lengths:
         raise ValueError(f"{what}: expected one to three segments of at least one key, as long in both branches, found {lengths}")
-    arguments: dict[str, Any] = {"N": N, "main_scale": float(main_scale), "camera_scale": float(camera_scale)}
+    if D % 8 or D > 128:
+        raise ValueError(f"{what}: expected a head width up to 128 and a multiple of 8, found {D}")
+    arguments: dict[str, Any] = {f"n{i}": n for i, n in enumerate(lengths)} | {"main_scale": float(main_scale), "camera_scale": float(camera_scale)}
     tensors = {"main_q": main_q_NHD, "camera_q": camera_q_NHD}
-    for i, n in enumerate(lengths):
-        arguments[f"n{i}"] = n
+    for i in range(len(lengths)):
         for branch, segments in (("main", main), ("camera", camera)):
             tensors |= {f"{branch}_k{i}": segments[i].keys, f"{branch}_v{i}": segments[i].values}
     for name, x in tensors.items():
-        if x.dtype != main_q_NHD.dtype:
-            raise ValueError(f"{what} {name}: expected the main branch's dtype {main_q_NHD.dtype}, found {x.dtype}")
+        type_name(x, f"{what} {name}", ("bf16",))
         _heads(x[None], (1, N if name.endswith("_q") else arguments[f"n{name[-1]}"], H, D), f"{what} {name}")
-        arguments |= {name: x, f"{name}_row": x.stride(0)}
+        if x.stride(0) % 8 or x.data_ptr() % 16:
+            raise ValueError(f"{what} {name}: expected rows at multiples of 16 bytes, found strides {x.stride()}")
+        arguments |= {name: x, f"{name}_at": x, f"{name}_row": x.stride(0)}
     _check_ucpe(ucpe, 1, N, D, what)
     request = _request(quantize, D, what)
-    out = [torch.empty(N, H * D, dtype=main_q_NHD.dtype, device=device) for _ in range(1 + request["keep"])]
+    chosen = tile or table.pair_tile(target(device))
+    # The interpreter stands in for a GPU of four multiprocessors.
+    programs = torch.cuda.get_device_properties(device).multi_processor_count // 2 if device.type == "cuda" else 2
+    for name, (shape, dtype) in plans.pair_scratch(N, H, D, chosen, programs).items():
+        arguments[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+    main_out = torch.empty(N, H * D, dtype=torch.bfloat16, device=device)
+    camera_out = torch.empty_like(main_out) if request["keep"] else None
     quantized = empty_quantized((N, H * D), quantize, device)
-    chosen = tile or table.tile("pair", target(device), kind)
-    variant = plans.window_pair(kind, H, D, len(lengths), chosen, native=native_fp4(device), **request)
-    arguments |= {"rays": ucpe.rays, "cos": ucpe.cos, "sin": ucpe.sin, "main_out": out[0]} | ({"camera_out": out[1]} if request["keep"] else {})
-    programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    launch(variant, arguments | quantized_arguments(quantized, quantize, device), SMS=programs)
-    return out[0], Output(out[1] if request["keep"] else None, quantized)
+    arguments |= {"N": N, "programs": programs, "rays": ucpe.rays, "cos": ucpe.cos, "sin": ucpe.sin, "main_out": main_out, "camera_out": camera_out}
+    launch(plans.window_pair(H, D, len(lengths), chosen), arguments)
+    finish = plans.finish_pair(H, D, len(lengths), chosen, native=native_fp4(device), **request)
+    launch(finish, arguments | quantized_arguments(quantized, quantize, device))
+    return main_out, Output(camera_out, quantized)
 
 
 def _check_ucpe(ucpe: InverseUCPE, B: int, N: int, D: int, what: str) -> int:

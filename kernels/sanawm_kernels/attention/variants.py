@@ -22,8 +22,9 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
                 # The camera branch's output is an operand of the next product.
                 found.append(plans.window_attention(kind, H, D, segments, tile, out=KIND, ucpe=True, quant="fp8", keep=False, **batched))
         if table.paired(target, KIND):
-            chosen = table.tile("pair", target, KIND)
-            found += [plans.window_pair(KIND, H, D, segments, chosen), plans.window_pair(KIND, H, D, segments, chosen, quant="fp8", keep=False)]
+            pair = table.pair_tile(target)
+            found += [plans.window_pair(H, D, segments, pair), plans.finish_pair(H, D, segments, pair)]
+            found.append(plans.finish_pair(H, D, segments, pair, quant="fp8", keep=False))
     config = default_config(target, KIND, sizes.hidden)
     parts = -(-sizes.hidden // (config.columns // config.slices))
     for recipe in [{}, *one_scale(target)]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_kernels.aot.spec import KernelVariant, blocks
 from sanawm_kernels.tokenwise.block_plans import power_of_two
 from sanawm_kernels.tokenwise.plans import arguments, pointer
 from sanawm_kernels.tuning import Row, choose
@@ -188,10 +188,15 @@ def described_conv(
     parts = tile.splits > 1
     if parts and (steps % tile.splits or mode not in ("plain", "residual")):
         raise ValueError(f"convolution: expected parts of {steps} steps and a result that is a sum, found {tile.splits} and {mode}")
-    added = kind if mode in ("residual", "upsample") and not parts else None
+    added = mode in ("residual", "upsample") and not parts
+    columns = min(tile.columns, power_of_two(out_channels, 16))
+    pixels, channel_rows = blocks(kind, tile.rows, tile.depth), blocks(kind, columns, tile.depth)
+    out = pointer("u8" if mode == "pixels" else kind)
+    if mode not in ("pixels", "upsample"):
+        out = blocks("fp32" if parts else kind, tile.rows, columns // tile.slices)
     signature, absent = arguments({
-        "x": pointer(kind), "weight": pointer(kind), "bias": pointer(None if parts else kind), "skip": pointer(added), "select": pointer(added),
-        "out": pointer("fp32" if parts else "u8" if mode == "pixels" else kind),
+        "x": pixels, "weight": channel_rows, "bias": pointer(None if parts else kind), "skip": pixels if added else None,
+        "select": channel_rows if added else None, "out": out,
     })  # fmt: skip
     starts = first and mode == "upsample"
     sizes = {
@@ -200,7 +205,7 @@ def described_conv(
         "MODE": MODES["plain" if parts else mode],
     }  # fmt: skip
     tiles = {
-        "BM": tile.rows, "BN": min(tile.columns, power_of_two(out_channels, 16)), "BK": tile.depth, "GROUP": tile.group, "SLICES": tile.slices,
+        "BM": tile.rows, "BN": columns, "BK": tile.depth, "GROUP": tile.group, "SLICES": tile.slices,
         "SPLITS": tile.splits,
     }  # fmt: skip
     label = f"parts{tile.splits}" if parts else f"{mode}{'.first' if starts else ''}"

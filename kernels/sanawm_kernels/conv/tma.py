@@ -24,10 +24,11 @@ def causal_conv(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One-dimensional grid. x (T + 2, H + 2, W + 2, C) contiguous, weight (N, 27 C), skip (T, STRIDE, C) or None and select (N, C).
+    """One-dimensional grid. Descriptors of matrices: x (T + 2 padded frames' pixels, C) and skip (T STRIDE, C) or None in blocks (BM, BK), weight
+    (N, 27 C) and select (N, C) in (BN, BK).
 
-    out: (T, STRIDE, N); UPSAMPLE: frames of MADE rows at twice the size; PIXELS: bytes. With SPLITS (SPLITS, T, STRIDE, N) sums of that many parts
-    of the depth, without bias.
+    out: (T STRIDE, N), a descriptor too, blocks (BM, BN / SLICES); with SPLITS (SPLITS T STRIDE, N) sums of that many parts of the depth, without
+    bias. Pointers: UPSAMPLE: frames of MADE rows at twice the size; PIXELS: bytes.
     """
     AREA: tl.constexpr = (H + 2) * (W + 2)
     EACH: tl.constexpr = (H * (W + 2) + BM - 1) // BM
@@ -37,14 +38,6 @@ def causal_conv(
     PART: tl.constexpr = (27 * STEPS + EXTRA) // SPLITS
     tl.static_assert(PART * SPLITS == 27 * STEPS + EXTRA, "parts of the depth differ")
     tl.static_assert(SPLITS == 1 or skip is None, "a part of the depth adds nothing")
-    x_tiles = tl.make_tensor_descriptor(x, [(T + 2) * AREA, C], [C, 1], [BM, BK])
-    weight_tiles = tl.make_tensor_descriptor(weight, [N, 27 * C], [27 * C, 1], [BN, BK])
-    if skip is not None:
-        skip_tiles = tl.make_tensor_descriptor(skip, [T * STRIDE, C], [C, 1], [BM, BK])
-        select_tiles = tl.make_tensor_descriptor(select, [N, C], [C, 1], [BN, BK])
-    to = out
-    if MODE != UPSAMPLE and MODE != PIXELS:
-        to = tl.make_tensor_descriptor(out, [SPLITS * T * STRIDE, N], [N, 1], [BM, BN // SLICES])
     tiles = T * EACH * tl.cdiv(N, BN)
     for unit in tl.range(tl.program_id(0), tiles * SPLITS, tl.num_programs(0), flatten=True):
         tile_m, tile_n = grouped_tile(unit % tiles, T * EACH * BM, N, BM, BN, GROUP)
@@ -56,16 +49,16 @@ def causal_conv(
             row = (frame + tap // 9) * AREA + tap // 3 % 3 * (W + 2) + tap % 3 + pixel
             # A tap's last block reads on into the next tap, against the zeros that x has there.
             depth, column = part * BK, tap * C + part * BK
-            a_tiles, b_tiles = x_tiles, weight_tiles
+            a_tiles, b_tiles = x, weight
             if skip is not None:
                 start = 0 if MODE == UPSAMPLE else tile_n * BN
                 if tap >= 27:
-                    a_tiles, b_tiles = skip_tiles, select_tiles
+                    a_tiles, b_tiles = skip, select
                     row, depth = frame * STRIDE + pixel, start + (step - 27 * STEPS) * BK
                     column = depth
             a, b = a_tiles.load([row, depth]), b_tiles.load([tile_n * BN, column])
             acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        _finish(acc, bias, to, split * T + frame, pixel, tile_n, H, W, STRIDE, N, MADE, FIRST, PATCH, MODE, BM, BN, SLICES, BF16)
+        _finish(acc, bias, out, split * T + frame, pixel, tile_n, H, W, STRIDE, N, MADE, FIRST, PATCH, MODE, BM, BN, SLICES, BF16)
 
 
 @triton.jit

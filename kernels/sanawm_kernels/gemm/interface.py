@@ -11,13 +11,11 @@ from sanawm_kernels.tokenwise.launch import target
 def choice(x: Operand, weight: Operand, epilogue: Epilogue | None = None) -> table.Choice:
     """The table's choice for this product on the device it is on."""
     epilogue = epilogue or Epilogue()
-    (a, values), (b, weights) = fused.describe(x, "linear x"), fused.describe(weight, "linear weight")
+    (a, values), (_, weights) = fused.describe(x, "linear x"), fused.describe(weight, "linear weight")
     depth = values.shape[-1] * (2 if a.kind == "nvfp4" else 1)
     rows = values.numel() // values.shape[-1]
-    return table.choose(
-        target(values.device), a.kind, rows, weights.shape[0], depth, plain=not cublaslt.has_more(epilogue), glu=epilogue.glu,
-        swizzled=a.swizzled or b.swizzled,
-    )  # fmt: skip
+    plain = not cublaslt.has_more(epilogue)
+    return table.choose(target(values.device), a.kind, rows, weights.shape[0], depth, plain=plain, glu=epilogue.glu)
 
 
 def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, backend: table.Backend | None = None) -> Product:
@@ -27,7 +25,7 @@ def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, bac
     chosen = choice(x, weight, epilogue)
     if (backend or chosen.backend) == "cublaslt":
         return cublaslt.linear(x, weight, epilogue)
-    return fused.linear(x, weight, epilogue, config=chosen.config)
+    return fused.linear(x, weight, epilogue)
 
 
 def temporal_conv(s: Operand, weight: Operand, frames: int, tail: Operand | None = None, epilogue: Epilogue | None = None) -> Product:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
-from sanawm_kernels.aot.spec import TARGETS, KernelVariant
+from sanawm_kernels.aot.spec import TARGETS, KernelVariant, blocks
 from sanawm_kernels.tokenwise.plans import (
     FP8_TARGETS,
     QUANT_CODES,
@@ -18,21 +19,31 @@ from sanawm_kernels.tokenwise.plans import (
     stride,
 )
 
-KERNELS = "sanawm_kernels.gemm.kernels"
-TMA_KERNELS = "sanawm_kernels.gemm.tma"
-# What `kernels` take and `tma` do not: NVFP4 operands, gated linear units, a tail apart from the rows that follow it.
-_PLAIN_ONLY = ("a_scales", "b_scales", "tail", "tail_row", "tail_scales", "FP4", "A_SWIZZLED", "B_SWIZZLED", "GLU")
+Form = Literal["pointers", "descriptors", "pingpong"]
+MODULES: dict[Form, str] = {
+    "pointers": "sanawm_kernels.gemm.kernels", "descriptors": "sanawm_kernels.gemm.tma", "pingpong": "sanawm_kernels.gemm.pingpong",
+}  # fmt: skip
+# What kernels with pointers take and the others do not: NVFP4 operands, gated linear units, a tail apart from the rows that follow it.
+_POINTERS_ONLY = ("a_scales", "b_scales", "tail", "tail_row", "tail_scales", "FP4", "A_SWIZZLED", "B_SWIZZLED", "GLU")
+_EPILOGUE_SPILLS = "8 bytes in Triton 3.9, in the epilogue; the loop over the depth has none"
+# Operands of an epilogue that are as large as the result.
+_WHOLE = ("add", "gate", "residual", "extra")
+# How many of them the `pingpong` kernel has room for in shared memory.
+PINGPONG_OPERANDS = 2
 # Architectures with instructions for NVFP4 products; Triton from 3.9 on also compiles them for sm_90, where it emulates them with bfloat16.
 FP4_TARGETS = tuple(t for t in TARGETS if t >= 100)
 EMULATED_FP4 = 90
+# Its products are instructions of Hopper alone.
+PINGPONG_TARGETS = (90,)
 
 
 @dataclass(frozen=True)
 class Config:
     """Tile of a product: rows, columns, depth, tile rows visited together, warps, pipeline stages, column slices of the epilogue.
 
-    `persistent` starts that many programs a multiprocessor, 0 one a tile. `tma` takes the kernels whose operands come through descriptors.
-    `exact` adds e4m3 products to the float32 sum after every `depth` of them, which Hopper does not do by itself.
+    `persistent` starts that many programs a multiprocessor, 0 one a tile. `form`: how operands arrive, and whether two consumers take turns; then
+    epilogues work on chunks of `chunk` columns, `ring` of them in flight. `exact` adds e4m3 products to the float32 sum after every `depth` of them,
+    which Hopper does not do by itself.
     """
 
     rows: int
@@ -43,8 +54,15 @@ class Config:
     stages: int = 3
     slices: int = 1
     persistent: int = 0
-    tma: bool = False
+    form: Form = "pointers"
+    chunk: int = 0
+    ring: int = 0
     exact: bool = False
+
+    @property
+    def squares_width(self) -> int:
+        """Columns of a partial sum of squares: a tile's where consumers take turns, else a slice's."""
+        return self.columns if self.form == "pingpong" else self.columns // self.slices
 
 
 @dataclass(frozen=True)
@@ -131,6 +149,20 @@ def _operand_entries(prefix: str, operand: Operand, row: str | None) -> dict[str
     return entries | {f"{prefix}_scales": blocks, f"{prefix}_scale": scale}
 
 
+def _in_blocks(entries: dict[str, str | None], a: Operand, finish: Finish, config: Config) -> dict[str, str | None]:
+    """Entries of the kernels with descriptors: operands and result arrive in blocks, which know their rows' distance."""
+    kind = {"fp8": "fp8e4nv"}.get(a.kind, a.kind)
+    described = {"a": blocks(kind, config.rows, config.depth), "b": blocks(kind, config.columns, config.depth)}
+    left_out: tuple[str, ...] = ("a_row", *_POINTERS_ONLY)
+    if config.form == "pingpong":
+        whole = blocks(finish.out, config.rows, config.chunk)
+        described |= {name: whole for name in ("out", *_WHOLE) if entries.get(name) is not None}
+        left_out += (*(f"{name}_row" for name in _WHOLE), "codes", "scales", "quant_scale")
+    elif finish.keep:
+        described["out"] = blocks(finish.out, config.rows, config.columns // config.slices)
+    return {name: described.get(name, entry) for name, entry in entries.items() if name not in left_out}
+
+
 def _grid(config: Config) -> tuple[tuple[str, str, str], tuple[str, ...]]:
     tiles = "cdiv(M, BM) * cdiv(N, BN)"
     return ((f"min({tiles}, {config.persistent} * SMS)", "1", "1"), ("SMS",)) if config.persistent else ((tiles, "1", "1"), ())
@@ -150,20 +182,46 @@ def _tile_constants(config: Config, a: Operand, b: Operand) -> dict[str, object]
     }  # fmt: skip
 
 
-def _kernel(name: str, config: Config) -> str:
-    return f"{TMA_KERNELS if config.tma else KERNELS}:{name}"
-
-
 def _suffix(config: Config) -> str:
-    """Both kinds of kernels have one signature for most products; a name says which is meant."""
-    return ".tma" if config.tma else ""
+    """The forms of a kernel compute the same; a name says which is meant."""
+    return {"pointers": "", "descriptors": ".tma", "pingpong": ".pingpong"}[config.form]
 
 
 def _taken(constants: dict[str, object], config: Config) -> dict[str, object]:
     """Those of the constants that the kernels of `config` have."""
-    if not config.tma:
+    if config.form == "pointers":
         return constants
-    return {name: value for name, value in constants.items() if name not in _PLAIN_ONLY}
+    return {name: value for name, value in constants.items() if name not in _POINTERS_ONLY}
+
+
+def takes_turns(kind: str, finish: Finish) -> bool:
+    """Whether the `pingpong` kernel has operands of `kind` and that epilogue."""
+    fits = finish.keep and finish.quant is None and finish.out == "bf16" and not finish.glu
+    return fits and kind in ("bf16", "fp8") and sum(bool(getattr(finish, name)) for name in _WHOLE) <= PINGPONG_OPERANDS
+
+
+def _pingpong(
+    name: str, entries: dict[str, str | None], a: Operand, b: Operand, columns: int, depth: int, taps: int, tail: bool, tokens: int, finish: Finish,
+    config: Config,
+) -> KernelVariant:  # fmt: skip
+    """The kernel whose consumers take turns, of one or three taps."""
+    signature, absent = arguments(dict.fromkeys(("bias", "gate", "extra", "squares")) | _in_blocks(entries, a, finish, config) | {"M": "i32"})
+    return KernelVariant(
+        name=f"{name}{_suffix(config)}",
+        kernel=f"{MODULES[config.form]}:gemm",
+        signature=signature,
+        constexprs={name: None for name in absent if not name.endswith("_row") or name == "frame_gate_row"} | {
+            "N": columns, "K": depth, "TAPS": taps, "TAIL": tail, "TOKENS": tokens, "BM": config.rows, "BN": config.columns, "BK": config.depth,
+            "CW": config.chunk, "GROUP": config.group, "STAGES": config.stages, "RING": config.ring, "SLICE": config.columns // config.slices,
+            "A_ROWS": a.row_scales, "B_ROWS": b.row_scales, "SILU": finish.silu,
+        },
+        grid=_grid(config)[0],
+        grid_sizes=("SMS",),
+        # Of the first consumer; the compiler adds the other roles' warps.
+        num_warps=4,
+        targets=PINGPONG_TARGETS,
+        hot=True,
+    )  # fmt: skip
 
 
 @cache
@@ -175,15 +233,19 @@ def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: 
         | _operand_entries("b", b, None)
         | finish.entries(columns)
     )
-    signature, absent = arguments(entries | {"M": "i32"})
-    grid, sizes = _grid(config)
     kinds = a.name if a == b else f"{a.name}_x_{b.name}"
+    name = f"gemm.n{columns}.k{depth}{f'.s{tokens}' if finish.frame_gate else ''}.{kinds}.{finish.name}"
+    tokens = tokens if finish.frame_gate else 1
+    if config.form == "pingpong":
+        return _pingpong(name, entries, a, b, columns, depth, 1, False, tokens, finish, config)
+    signature, absent = arguments((entries if config.form == "pointers" else _in_blocks(entries, a, finish, config)) | {"M": "i32"})
+    grid, sizes = _grid(config)
     constants = absent | _tile_constants(config, a, b) | finish.constants() | {
-        "N": columns, "K": depth, "TOKENS": tokens if finish.frame_gate else 1, "A_SWIZZLED": a.swizzled, "B_SWIZZLED": b.swizzled,
+        "N": columns, "K": depth, "TOKENS": tokens, "A_SWIZZLED": a.swizzled, "B_SWIZZLED": b.swizzled,
     }  # fmt: skip
     return KernelVariant(
-        name=f"gemm.n{columns}.k{depth}{f'.s{tokens}' if finish.frame_gate else ''}.{kinds}.{finish.name}{_suffix(config)}",
-        kernel=_kernel("gemm", config),
+        name=f"{name}{_suffix(config)}",
+        kernel=f"{MODULES[config.form]}:gemm",
         signature=signature,
         constexprs=_taken(constants, config),
         grid=grid,
@@ -192,7 +254,7 @@ def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: 
         num_stages=config.stages,
         targets=_targets(a.kind, finish.quant),
         hot=True,
-        spill_reason="8 bytes in Triton 3.9, in the epilogue; the loop over the depth has none" if config.tma and finish.gate else None,
+        spill_reason=_EPILOGUE_SPILLS if config.form == "descriptors" and finish.gate else None,
     )  # fmt: skip
 
 
@@ -207,22 +269,25 @@ def temporal_conv(
     check(a, b, channels, finish, config)
     if a.row_scales or a.swizzled or b.swizzled:
         raise ValueError("temporal_conv: expected one activation scale and block scales in rows: frames do not start at tiles of 128 rows")
-    if config.tma and batch % frame:
+    if config.form != "pointers" and batch % frame:
         raise ValueError(f"temporal_conv: expected whole frames of {frame} tokens, found {batch}")
     row = stride(channels // (2 if a.kind == "nvfp4" else 1))
-    apart = tail and not config.tma
+    apart = tail and config.form == "pointers"
     entries = _operand_entries("a", a, row)
     entries |= {"tail": a.type if apart else None, "tail_row": row if apart else None, "tail_scales": a.scale_entries[0] if apart else None}
     entries |= _operand_entries("b", b, None) | finish.entries(columns, conv=True)
-    signature, absent = arguments(entries | {"M": "i32"})
+    kinds = a.name if a == b else f"{a.name}_x_{b.name}"
+    name = f"gemm.temporal.n{columns}.c{channels}.{batch // frame}x{frame}.{kinds}{'' if tail else '.first'}.{finish.name}"
+    if config.form == "pingpong":
+        return _pingpong(name, entries, a, b, columns, channels, 3, tail, frame, finish, config)
+    signature, absent = arguments((entries if config.form == "pointers" else _in_blocks(entries, a, finish, config)) | {"M": "i32"})
     grid, sizes = _grid(config)
     return KernelVariant(
-        name=f"gemm.temporal.n{columns}.c{channels}.{batch // frame}x{frame}.{a.name if a == b else f'{a.name}_x_{b.name}'}"
-        f"{'' if tail else '.first'}.{finish.name}{_suffix(config)}",
-        kernel=_kernel("temporal_conv", config),
+        name=f"{name}{_suffix(config)}",
+        kernel=f"{MODULES[config.form]}:temporal_conv",
         signature=signature,
         constexprs=_taken(absent | _tile_constants(config, a, b) | finish.constants(conv=True), config)
-        | {"N": columns, "C": channels, "FRAME": frame} | ({"TAIL": tail} if config.tma else {"BATCH": batch}),
+        | {"N": columns, "C": channels, "FRAME": frame} | ({"TAIL": tail} if config.form == "descriptors" else {"BATCH": batch}),
         grid=grid,
         grid_sizes=sizes,
         num_warps=config.warps,
@@ -239,7 +304,7 @@ def epilogue(columns: int, tokens: int, kind: str, finish: Finish, rows: int = 3
     signature, absent = arguments(entries | {"M": "i32"})
     return KernelVariant(
         name=f"gemm.epilogue.n{columns}{f'.s{tokens}' if finish.frame_gate else ''}.{kind}.{finish.name}",
-        kernel=f"{KERNELS}:epilogue",
+        kernel=f"{MODULES['pointers']}:epilogue",
         signature=signature,
         constexprs=absent | finish.constants() | {"N": columns, "BM": rows, "BN": width, "TOKENS": tokens if finish.frame_gate else 1},
         grid=("cdiv(M, BM)", "cdiv(N, BN)", "1"),
@@ -252,7 +317,9 @@ def epilogue(columns: int, tokens: int, kind: str, finish: Finish, rows: int = 3
 
 def check(a: Operand, b: Operand, depth: int, finish: Finish, config: Config) -> None:
     """ValueError where a product of these operands does not exist."""
-    if config.tma and (a.kind not in ("bf16", "fp16", "fp8", "fp32") or finish.glu or not config.persistent):
+    if config.form == "pingpong" and not takes_turns(a.kind, finish):
+        raise ValueError("product: expected bf16 or FP8 operands, a plain bf16 result and at most two operands as large to take turns")
+    if config.form != "pointers" and (a.kind not in ("bf16", "fp16", "fp8", "fp32") or finish.glu or not config.persistent):
         raise ValueError("product: expected plain or FP8 operands, no gated linear unit and a persistent grid for kernels with descriptors")
     if a.kind != b.kind:
         raise ValueError(f"product: expected operands of one kind, found {a.kind} and {b.kind}")

@@ -1,7 +1,7 @@
 """Which backend and which tile serves a product: frozen choices per architecture and shape, with the date and the reason of each row.
 
 `MEASURED` holds what was timed (`benchmarks/kernels_gemm.py` times both). Without a row for a product `choose` takes the vendor's library where there
-is nothing to fuse and the Triton kernel with the tile of `TILES` elsewhere, and says that this is unmeasured. The CUDA engine has no library.
+is nothing to fuse and the Triton kernel elsewhere, and says that this is unmeasured. `TILES` are the Triton kernels'. The CUDA engine has no library.
 
 Nothing here needs torch or triton.
 """
@@ -9,9 +9,9 @@ Nothing here needs torch or triton.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from sanawm_kernels.gemm.plans import Config
+from sanawm_kernels.gemm.plans import Config, Finish, takes_turns
 from sanawm_kernels.tuning import Row
 from sanawm_kernels.tuning import choose as choose_row
 
@@ -38,10 +38,9 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend, its tile (None for cuBLASLt), and why."""
+    """A backend, and why."""
 
     backend: Backend
-    config: Config | None
     reason: str
     measured: bool
 
@@ -73,10 +72,11 @@ _INTERPRETER = (0,)
 _DATA_CENTRE = (100, 103)
 _HOPPER = (90,)
 _OTHERS = (80, 86, 89, 120, 121)
-_DATE = "2026-11-23"
+_DATE, _NEW = "2026-11-23", "2026-11-27"
 _INSPECTED = "not timed: chosen from registers, spills and shared memory of the compiled code, "
 # 65,536 registers and 228 KiB a multiprocessor of sm_90; the others' registers hold 8 warps of these products once.
 _TIMED = "fastest of 24 tiles at the block's shapes on an H200"
+_TURNS = " on an H200, one after the other {}"
 _TWO_PROGRAMS = "at most 128 registers and 104 KiB: two programs a multiprocessor"
 _ONE_PROGRAM = "registers and 64 to 68 KiB: one program a multiprocessor"
 
@@ -85,10 +85,15 @@ def _tile(rows: int, columns: int, depth: int, slices: int, group: int = 8) -> d
     return {"rows": rows, "columns": columns, "depth": depth, "slices": slices, "group": group}
 
 
-def _described(columns: int, depth: int) -> dict[str, int]:
+def _described(columns: int, depth: int) -> dict[str, Any]:
     """A tile of the kernels with descriptors, one program on a multiprocessor. A wide product visits all tile rows of a chunk together."""
     wide = columns == 256
-    return {**_tile(128, columns, depth, 4 if wide else 1, group=21 if wide else 4), "tma": True, "persistent": 1}
+    return {**_tile(128, columns, depth, 4 if wide else 1, group=21 if wide else 4), "form": "descriptors", "persistent": 1}
+
+
+def _turns(depth: int, chunk: int, ring: int, slices: int = 2) -> dict[str, Any]:
+    """A tile of the kernel whose consumers take turns."""
+    return {**_tile(128, 128, depth, slices), "form": "pingpong", "persistent": 1, "chunk": chunk, "ring": ring}
 
 
 TILES: tuple[Row, ...] = (
@@ -98,10 +103,19 @@ TILES: tuple[Row, ...] = (
     Row("product", _DATA_CENTRE, _tile(128, 128, 64, 4), 8, 4, _DATE, _INSPECTED + "128 KiB", {"kind": "bf16"}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "128 KiB", {"kind": "fp8"}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "54 KiB", {"kind": "nvfp4"}),
-    Row("product", _HOPPER, _described(256, 64), 8, 4, "2026-11-27", _TIMED, {"kind": "bf16", "descriptors": True, "wide": True}),
-    Row("product", _HOPPER, _described(128, 64), 8, 5, "2026-11-27", _TIMED, {"kind": "bf16", "descriptors": True}),
-    Row("product", _HOPPER, _described(256, 128), 8, 4, "2026-11-27", _TIMED, {"kind": "fp8", "descriptors": True, "wide": True}),
-    Row("product", _HOPPER, _described(128, 128), 8, 5, "2026-11-27", _TIMED, {"kind": "fp8", "descriptors": True}),
+    Row("product", _HOPPER, _turns(64, 128, 1, 1), 4, 5, _NEW, "116.6 us" + _TURNS.format("120.2"), {"kind": "bf16", "turns": True, "taps": 3}),
+    Row(
+        "product", _HOPPER, _turns(64, 64, 2), 4, 5, _NEW, "residual 45.6 us" + _TURNS.format("46.9"),
+        {"kind": "bf16", "turns": True, "operands": True},
+    ),
+    Row("product", _HOPPER, _turns(64, 128, 1), 4, 5, _NEW, "220.7 us" + _TURNS.format("240.7"), {"kind": "bf16", "turns": True, "silu": True}),
+    Row("product", _HOPPER, _turns(64, 64, 1), 4, 6, _NEW, "40.4 us" + _TURNS.format("41.5"), {"kind": "bf16", "turns": True, "squares": True}),
+    Row("product", _HOPPER, _described(256, 64), 8, 4, _NEW, _TIMED, {"kind": "bf16", "descriptors": True, "wide": True}),
+    Row("product", _HOPPER, _described(128, 64), 8, 5, _NEW, _TIMED, {"kind": "bf16", "descriptors": True}),
+    Row("product", _HOPPER, _turns(128, 64, 1), 4, 6, _NEW, "126.9 us" + _TURNS.format("165.0"), {"kind": "fp8", "turns": True, "silu": True}),
+    Row("product", _HOPPER, _described(256, 128), 8, 4, _NEW, _TIMED, {"kind": "fp8", "descriptors": True, "wide": True}),
+    Row("product", _HOPPER, _turns(128, 64, 1), 4, 6, _NEW, "residual 29.7 us" + _TURNS.format("38.8"), {"kind": "fp8", "turns": True}),
+    Row("product", _HOPPER, _described(128, 128), 8, 5, _NEW, _TIMED, {"kind": "fp8", "descriptors": True}),
     Row("product", _HOPPER, _tile(128, 128, 64, 4), 8, 3, _DATE, _INSPECTED + _TWO_PROGRAMS, {"kind": "bf16"}),
     Row(
         "product", _HOPPER, _tile(128, 128, 128, 4), 8, 3, _DATE,
@@ -116,30 +130,37 @@ TILES: tuple[Row, ...] = (
 
 
 def default_config(
-    target: int, kind: str, columns: int, *, glu: bool = False, swizzled: bool = False, batched: bool = False
+    target: int, kind: str, columns: int, finish: Finish | None = None, *, taps: int = 1, swizzled: bool = False, batched: bool = False
 ) -> Config:
-    """Tile of a product with operands of `kind` and that many output channels; ValueError for an architecture without one.
+    """Tile of a product with operands of `kind`, that many output channels and an epilogue; ValueError for an architecture without one.
 
-    batched: a temporal convolution of several batches, whose rows no single descriptor covers.
+    taps: 3 for a temporal convolution, `batched` if it is one of several batches, whose rows no single descriptor covers.
     """
-    facts = {"kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": not (glu or batched), "wide": columns >= WIDE}
+    finish = finish or Finish()
+    glu, described = finish.glu, not (finish.glu or batched)
+    facts = {
+        "kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": described, "wide": columns >= WIDE,
+        "turns": described and takes_turns(kind, finish), "taps": taps, "silu": finish.silu,
+        "squares": finish.squares, "operands": finish.add or finish.gate or finish.residual or finish.extra,
+    }  # fmt: skip
     row = choose_row(TILES, "product", target, **facts)
     config = Config(warps=row.num_warps, stages=row.num_stages, **row.settings)
     # A gated linear unit keeps two sums.
     return replace(config, columns=config.columns // 2, slices=2) if glu and target else config
 
 
-def choose(
-    target: int, kind: str, rows: int, columns: int, depth: int, *, plain: bool, glu: bool = False, swizzled: bool = False, batched: bool = False
-) -> Choice:
-    """The measured row with the fewest rows that covers this product, else the default."""
+def choose(target: int, kind: str, rows: int, columns: int, depth: int, *, plain: bool, glu: bool = False) -> Choice:
+    """The measured row with the fewest rows that covers this product; without one the vendor's library if nothing is fused.
+
+    Raises ValueError for an architecture that has no tile.
+    """
+    default_config(target, "bf16", columns)
     fitting = [
         r for r in MEASURED if (r.target, r.kind, r.columns, r.depth, r.plain) == (target, kind, columns, depth, plain) and rows <= r.rows
     ]
-    config = default_config(target, kind.removeprefix("temporal."), columns, glu=glu, swizzled=swizzled, batched=batched)
-    if fitting and not (glu or batched):
+    if fitting and not glu:
         best = min(fitting, key=lambda r: r.rows)
-        return Choice(best.backend, config if best.backend == "triton" else None, f"{best.date}: {best.reason}", True)
+        return Choice(best.backend, f"{best.date}: {best.reason}", True)
     if plain and target and kind in ("bf16", "fp16", "fp8"):
-        return Choice("cublaslt", None, f"{UNMEASURED}: nothing to fuse, so the vendor's library", False)
-    return Choice("triton", config, f"{UNMEASURED}: a fused epilogue saves passes over memory", False)
+        return Choice("cublaslt", f"{UNMEASURED}: nothing to fuse, so the vendor's library", False)
+    return Choice("triton", f"{UNMEASURED}: a fused epilogue saves passes over memory", False)

@@ -2,7 +2,7 @@
 
 They compute what `kernels.gemm` and `kernels.temporal_conv` do. Tiles of both operands come through descriptors, which need no addresses in
 registers and fill what lies outside of a matrix with zeros; each program takes every num_programs-th tile, in one loop with the tiles' depth, so that
-the next tile's operands arrive during an epilogue. Programs make their descriptors themselves, in the scratch memory of the kernel's hidden pointer.
+the next tile's operands arrive during an epilogue. Descriptors are parameters: where programs make their own, a launch takes 6 us more.
 """
 
 from __future__ import annotations
@@ -16,36 +16,32 @@ from sanawm_kernels.tiles import grouped_tile
 
 @triton.jit
 def gemm(
-    a, a_row, a_scale, b, b_scale,
+    a, a_scale, b, b_scale,
     bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
     out, codes, scales, quant_scale, squares, M,
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
     A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, IMPRECISE: tl.constexpr, PRECISION: tl.constexpr,
     TOKENS: tl.constexpr, SILU: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """One-dimensional grid. a (M, K) rows a_row apart, b (N, K) contiguous; scales as in `kernels.gemm`."""
-    a_tiles = tl.make_tensor_descriptor(a, [M, K], [a_row, 1], [BM, BK])
-    b_tiles = tl.make_tensor_descriptor(b, [N, K], [K, 1], [BN, BK])
-    out_tiles = None
-    if out is not None:
-        out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BM, BN // SLICES])
+    """One-dimensional grid. Descriptors: a (M, K) in blocks (BM, BK), b (N, K) in (BN, BK), out (M, N) in (BM, BN / SLICES); scales as in
+    `kernels.gemm`."""
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         tile_m, tile_n = grouped_tile(tile, M, N, BM, BN, GROUP)
         acc = tl.zeros((BM, BN), tl.float32)
         for step in range(0, (K + BK - 1) // BK):
-            x, w = a_tiles.load([tile_m * BM, step * BK]), b_tiles.load([tile_n * BN, step * BK])
+            x, w = a.load([tile_m * BM, step * BK]), b.load([tile_n * BN, step * BK])
             acc = tl.dot(x, w.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
         finish_tile(
             acc, acc, tile_m, tile_n, M, a_scale, b_scale, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row,
-            residual, residual_row, extra, extra_row, out_tiles, codes, scales, quant_scale, squares,
+            residual, residual_row, extra, extra_row, out, codes, scales, quant_scale, squares,
             N, BM, BN, SLICES, A_ROWS, B_ROWS, TOKENS, SILU, False, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
 
 
 @triton.jit
 def temporal_conv(
-    a, a_row, a_scale, b, b_scale,
+    a, a_scale, b, b_scale,
     add, add_row, frame_gate, frame_gate_row, residual, residual_row,
     out, codes, scales, quant_scale, M,
     N: tl.constexpr, C: tl.constexpr, FRAME: tl.constexpr, TAIL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -54,15 +50,10 @@ def temporal_conv(
 ):  # fmt: skip
     """Three taps along time of one batch: output rows of frame f add the products of frames f - 1, f and f + 1 with a third of b (N, 3C) each.
 
-    a: with TAIL (FRAME + M, C), the frame before the first one and then the M rows themselves, else (M, C); frames that are not there are zeros,
-    and the products of the frame after the last one are left out.
+    Descriptors as in `gemm`. a: with TAIL (FRAME + M, C), the frame before the first one and then the M rows themselves, else (M, C); frames that
+    are not there are zeros, and the products of the frame after the last one are left out.
     """
     BEFORE: tl.constexpr = FRAME if TAIL else 0
-    a_tiles = tl.make_tensor_descriptor(a, [M + BEFORE, C], [a_row, 1], [BM, BK])
-    b_tiles = tl.make_tensor_descriptor(b, [N, 3 * C], [3 * C, 1], [BN, BK])
-    out_tiles = None
-    if out is not None:
-        out_tiles = tl.make_tensor_descriptor(out, [M, N], [N, 1], [BM, BN // SLICES])
     tl.static_assert(not A_ROWS, "row-wise scales of the activations cannot be factored out of a sum over three rows")
     STEPS: tl.constexpr = (C + BK - 1) // BK
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
@@ -74,12 +65,12 @@ def temporal_conv(
             steps = STEPS * 2
         for step in range(0, steps):
             tap, part = step // STEPS, step % STEPS
-            x = a_tiles.load([tile_m * BM + (tap - 1) * FRAME + BEFORE, part * BK])
+            x = a.load([tile_m * BM + (tap - 1) * FRAME + BEFORE, part * BK])
             # A tap's last block reads on into the next tap, against the zeros that x has there.
-            w = b_tiles.load([tile_n * BN, tap * C + part * BK])
+            w = b.load([tile_n * BN, tap * C + part * BK])
             acc = tl.dot(x, w.T, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
         finish_tile(
             acc, acc, tile_m, tile_n, M, a_scale, b_scale, None, add, add_row, None, 0, frame_gate, frame_gate_row, residual, residual_row, None, 0,
-            out_tiles, codes, scales, quant_scale, None,
+            out, codes, scales, quant_scale, None,
             N, BM, BN, SLICES, A_ROWS, B_ROWS, FRAME, False, False, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip

@@ -119,8 +119,8 @@ def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, con
     columns = weights.shape[0] // (2 if epilogue.glu else 1)
     device, depth = values.device, _depth(values, a)
     finishing = _Finishing(epilogue, (*values.shape[:2], columns), output_dtype(x, epilogue), device, what)
-    config = config or table.default_config(target(device), a.kind, columns, glu=epilogue.glu, swizzled=a.swizzled or b.swizzled)
-    finishing.make_squares(config.columns // config.slices)
+    config = config or table.default_config(target(device), a.kind, columns, finishing.finish, swizzled=a.swizzled or b.swizzled)
+    finishing.make_squares(config.squares_width)
     flat = rows(values, f"{what} x")
     if isinstance(x, Nvfp4Tensor) and x.layout == "rows" and flat.stride(0) != flat.shape[1]:
         raise ValueError(f"{what}: expected contiguous NVFP4 rows, whose scales are contiguous too, found strides {values.stride()}")
@@ -178,11 +178,8 @@ def temporal_conv(
         _aligned(before, f"{what} tail")
     finishing = _Finishing(epilogue, (B, tokens, weights.shape[0]), output_dtype(s, epilogue), values.device, what)
     depth = _depth(values, a)
-    if config is None:
-        chosen = table.choose(target(values.device), f"temporal.{a.kind}", flat.shape[0], weights.shape[0], 3 * depth, plain=False, batched=B > 1)
-        assert chosen.config is not None
-        config = chosen.config
-    if tail is not None and config.tma:
+    config = config or table.default_config(target(values.device), a.kind, weights.shape[0], finishing.finish, taps=3, batched=B > 1)
+    if tail is not None and config.form != "pointers":
         # One descriptor reads the tail and what follows it; plans write both into one buffer.
         together = torch.cat((before, flat))
         arguments |= {"a": together, "a_row": together.stride(0)}

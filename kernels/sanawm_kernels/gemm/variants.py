@@ -43,14 +43,15 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
     found: dict[str, KernelVariant] = {}
     for a, b in operands(target):
         for columns, depth, finish in _block_products(sizes, target):
-            config = default_config(target, a.kind, columns, swizzled=a.swizzled)
+            config = default_config(target, a.kind, columns, finish, swizzled=a.swizzled)
             variant = plans.gemm(a, b, columns, depth, sizes.tokens_per_frame, finish, config)
             found[variant.name] = variant
         if not a.row_scales:
             found |= {variant.name: variant for variant in _temporal(sizes, target, a, b)}
     for columns, depth in _outer_products(sizes):
         plain = Operand(KIND)
-        variant = plans.gemm(plain, plain, columns, depth, sizes.tokens_per_frame, Finish(bias=True), default_config(target, KIND, columns))
+        finish = Finish(bias=True)
+        variant = plans.gemm(plain, plain, columns, depth, sizes.tokens_per_frame, finish, default_config(target, KIND, columns, finish))
         found[variant.name] = variant
     for finish in (_residual(), Finish(bias=True, add=True, gate=True), Finish(bias=True, silu=True), Finish(residual=True)):
         variant = plans.epilogue(sizes.hidden, sizes.tokens_per_frame, KIND, finish)
@@ -64,7 +65,7 @@ def emulated(sizes: ModelSizes) -> list[KernelVariant]:
     recipe = {"quant": "nvfp4", "native": False}
     found: dict[str, KernelVariant] = {}
     for columns, depth, finish in _block_products(sizes, target, [recipe]):
-        config = default_config(target, "nvfp4", columns)
+        config = default_config(target, "nvfp4", columns, finish)
         variant = plans.gemm(fp4, fp4, columns, depth, sizes.tokens_per_frame, finish, config)
         found[variant.name] = variant
     found |= {variant.name: variant for variant in _temporal(sizes, target, fp4, fp4)}
@@ -107,7 +108,7 @@ def _temporal(sizes: ModelSizes, target: int, a: Operand, b: Operand) -> Iterato
         for tail in (False, True):
             tokens = sizes.tokens_per_frame
             yield plans.temporal_conv(
-                a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, tail, finish, default_config(target, a.kind, sizes.hidden)
+                a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, tail, finish, default_config(target, a.kind, sizes.hidden, finish, taps=3)
             )
 
 

@@ -67,9 +67,9 @@ def gate_logits(
     flat = rows(u_BNC, f"{what} u")
     kind, weight_kind, beta = type_name(flat, what), type_name(decay_weight_HC, what), beta_weight_HC is not None
     variant = plans.gate_tiles(kind, weight_kind, C, H, N // frames, beta)
-    mean = plans.gate_means(weight_kind, H, N // frames)
-    tiles, heads = mean.constexprs["TILES"], mean.constexprs["BH"]
-    partial = torch.empty(B * frames, tiles, heads, dtype=torch.float32, device=u_BNC.device)
+    mean = plans.gate_means(weight_kind, H, N // frames, beta)
+    shares, heads = mean.constexprs["SHARES"], mean.constexprs["BH"]
+    partial = torch.empty(B * frames, shares, heads, dtype=torch.float32, device=u_BNC.device)
     logits = torch.empty(B, frames, H, dtype=torch.float32, device=u_BNC.device)
     arguments: dict[str, Any] = {"u": flat, "u_row": flat.stride(0), "decay_weight": decay_weight_HC, "partial": partial}
     strength = None

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sanawm_kernels.aot.spec import KernelVariant
+from sanawm_kernels.aot.compile import block_layout
+from sanawm_kernels.aot.spec import KernelVariant, block_of
 from sanawm_kernels.tokenwise.plans import NATIVE_FP4
 
 TYPE_NAMES = {
@@ -33,17 +37,21 @@ def _kernel(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory for a kernel's descriptors, on the current device and stream."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+def _described(kernel: Any, x: Tensor, kind: str, block: tuple[int, ...]) -> Any:
+    """Descriptor of x in blocks of that shape; leading axes are one."""
+    rows_of = x.view(-1, *x.shape[x.dim() - len(block) + 1 :]) if x.dim() > len(block) else x
+    facts = (rows_of, list(rows_of.shape), list(rows_of.stride()), list(block))
+    if isinstance(kernel, GluonJITFunction):
+        return GluonDescriptor(*facts, block_layout(kind, block))
+    return TensorDescriptor(*facts)
 
 
 def launch(variant: KernelVariant, arguments: Mapping[str, Any], **grid_sizes: int) -> None:
-    """Run `variant` on the current device; `arguments` are exactly those of its signature."""
-    if set(arguments) != set(variant.signature):
-        wrong = sorted(set(arguments) ^ set(variant.signature))
-        raise TypeError(f"{variant.name}: arguments and signature differ in {', '.join(wrong)}")
+    """Run `variant` on the current device. Of `arguments` those that its signature names are taken: kernels with descriptors need no strides."""
+    if missing := sorted(set(variant.signature) - set(arguments)):
+        raise TypeError(f"{variant.name}: {', '.join(missing)} not given")
     kernel = _kernel(variant.kernel)
+    arguments = {name: arguments[name] for name in variant.signature}
     first = next(value for value in arguments.values() if isinstance(value, Tensor))
     if first.device.type == "cpu" and isinstance(kernel, triton.JITFunction):
         raise ValueError(
@@ -51,8 +59,9 @@ def launch(variant: KernelVariant, arguments: Mapping[str, Any], **grid_sizes: i
         )
     integers = {name: value for name, value in arguments.items() if isinstance(value, int)}
     grid = variant.launch_grid({**integers, **grid_sizes})
-    if first.device.type == "cuda":
-        triton.set_allocator(_scratch)
+    for name, entry in variant.signature.items():
+        if (described := block_of(entry)) is not None:
+            arguments[name] = _described(kernel, arguments[name], *described)
     with torch.cuda.device_of(first):
         kernel[grid](**arguments, **variant.constexprs, num_warps=variant.num_warps, num_stages=variant.num_stages, **variant.options)
 

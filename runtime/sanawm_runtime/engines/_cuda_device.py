@@ -11,7 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sanawm.errors import EngineError
+from sanawm_runtime.engines._cuda_kernels import DESCRIPTOR_BYTES
+from sanawm_runtime.engines._cuda_plan import ITEM_BYTES
 from sanawm_runtime.engines._trt_device import Device
+
+_MAP_TYPES = {"bfloat16": "BFLOAT16", "float16": "FLOAT16", "float32": "FLOAT32", "float8_e4m3fn": "UINT8", "uint8": "UINT8"}
 
 
 class Event:
@@ -94,6 +98,20 @@ class Gpu(Device):
     def launch(self, function: Any, grid: tuple[int, int, int], threads: int, shared: int, stream: Any, arguments: int) -> None:
         """Enqueue a kernel; `arguments` is the address of an array of pointers to its parameters."""
         self.call("cuLaunchKernel", function, *grid, threads, 1, 1, shared, stream, arguments, 0)
+
+    def describe(
+        self, address: int, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: int
+    ) -> bytes:
+        """Descriptor of a tensor for the tensor memory accelerator; strides in elements, the last one 1. What lies outside of it reads as zeros."""
+        driver, size = self.driver, ITEM_BYTES[dtype]
+        map_ = self.call(
+            "cuTensorMapEncodeTiled", getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{_MAP_TYPES[dtype]}"), len(shape), address,
+            [driver.cuuint64_t(n) for n in reversed(shape)], [driver.cuuint64_t(s * size) for s in reversed(strides[:-1])],
+            [driver.cuuint32_t(n) for n in reversed(box)], [driver.cuuint32_t(1)] * len(shape),
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE, driver.CUtensorMapSwizzle(swizzle),
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B, driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )  # fmt: skip
+        return ctypes.string_at(map_.getPtr(), DESCRIPTOR_BYTES)
 
     def copy_rows(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int, stream: Any) -> None:
         """Copy `rows` rows of `width` bytes that lie `pitch` bytes apart, device to device."""

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import ctypes
-import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sanawm.errors import BundleError, EngineError
 from sanawm_runtime.bundle.strict_json import decode, parse_json
-from sanawm_runtime.engines._cuda_plan import Argument, View
+from sanawm_runtime.engines._cuda_plan import ITEM_BYTES, TRITON_TYPES, Argument, View
 
 MAX_INDEX_BYTES = 16 * 2**20
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_THREADS = 1024
-# Triton's kernels keep tensor map descriptors in scratch memory, at multiples of their size.
-SCRATCH_ALIGNMENT = 128
 _SIZES = {"i8": 1, "i32": 4, "u32": 4, "i64": 8, "fp32": 4, "fp64": 8}
 _C_TYPES: Mapping[str, Any] = {
     "i8": ctypes.c_int8, "i32": ctypes.c_int32, "u32": ctypes.c_uint32, "i64": ctypes.c_int64, "fp32": ctypes.c_float, "fp64": ctypes.c_double,
 }  # fmt: skip
 
 
+_BLOCKS = re.compile(r"tensordesc<(\w+)\[(\d+(?:, \d+)*)\]>")
+DESCRIPTOR_BYTES = 128
+
+
 @dataclass(frozen=True)
 class Parameter:
-    """A run-time argument: name and Triton type; a promise of alignment follows the type (`*bf16:16`)."""
+    """A run-time argument: name and Triton type; a promise of alignment follows the type (`*bf16:16`).
+
+    `tensordesc<bf16[128, 64]>` is a tensor that the kernel takes through a descriptor, in blocks of that shape.
+    """
 
     name: str
     type: str
@@ -40,16 +45,31 @@ class Parameter:
         return int(self.type.partition(":")[2] or 1)
 
     @property
-    def size(self) -> int:
-        return 8 if self.base.startswith("*") else _SIZES[self.base]
+    def blocks(self) -> tuple[str, int] | None:
+        """Element type and rank of a tensor with a descriptor; None for anything else."""
+        found = _BLOCKS.fullmatch(self.type)
+        return None if found is None else (found[1], found[2].count(",") + 1)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of the parameters that stand for it: a descriptor is followed by the tensor's sizes and strides."""
+        if self.blocks is not None:
+            return [DESCRIPTOR_BYTES] + [4] * self.blocks[1] + [8] * self.blocks[1]
+        return [8 if self.base.startswith("*") else _SIZES[self.base]]
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """How an argument's descriptor is made: the box that one instruction copies, and its swizzle (CUtensorMapSwizzle)."""
+
+    argument: str
+    box: tuple[int, ...]
+    swizzle: int
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A compiled kernel: file of its cubin, entry point, parameters with their places, hidden pointers that follow them.
-
-    The first hidden pointer leads to `scratch_bytes` for each program of a launch; without these it is null, as the others are.
-    """
+    """A compiled kernel: file of its cubin, entry point, parameters with their places, and hidden pointers that follow them, which are null."""
 
     name: str
     file: str
@@ -60,23 +80,21 @@ class Kernel:
     parameters: tuple[tuple[int, ...], ...]
     num_warps: int
     shared_bytes: int
-    scratch_bytes: int
+    descriptors: tuple[Descriptor, ...]
     sha256: str
 
     def __post_init__(self) -> None:
         """BundleError where the parameters that the code has are not those of the arguments."""
-        sizes = [a.size for a in self.arguments] + [8] * len(self.hidden)
+        sizes = [size for a in self.arguments for size in a.sizes] + [8] * len(self.hidden)
         if [p[1] for p in self.parameters] != sizes:
             found = [p[1] for p in self.parameters]
             raise BundleError(f"kernel {self.name}: its code takes parameters of {found} bytes, its index lists {sizes}; rebuild the bundle")
-        if self.scratch_bytes < 0 or (self.scratch_bytes and not self.hidden):
-            raise BundleError(f"kernel {self.name}: {self.scratch_bytes} bytes of scratch memory without a pointer to them; rebuild the bundle")
+        described = {a.name: a.blocks[1] for a in self.arguments if a.blocks is not None}
+        if {d.argument: len(d.box) for d in self.descriptors} != described:
+            given = len(self.descriptors)
+            raise BundleError(f"kernel {self.name}: its index describes {given} of {len(described)} tensors in blocks; rebuild the bundle")
         if not 0 < self.num_warps * 32 <= MAX_THREADS:
             raise BundleError(f"kernel {self.name}: {self.num_warps} warps do not make a block; rebuild the bundle")
-
-    def scratch(self, grid: tuple[int, int, int]) -> int:
-        """Bytes of scratch memory that a launch takes."""
-        return self.scratch_bytes * math.prod(grid)
 
     @property
     def threads(self) -> int:
@@ -101,17 +119,32 @@ def read_index(data: bytes, what: str) -> dict[str, Kernel]:
     return kernels
 
 
-class Arguments:
-    """Parameters of one launch in host memory; `address` is what the driver takes. `scratch` is the address of its scratch memory."""
+@dataclass(frozen=True)
+class Described:
+    """A tensor behind a descriptor: the descriptor's bytes, sizes, and strides in elements."""
 
-    def __init__(self, kernel: Kernel, values: Sequence[int | float], scratch: int = 0) -> None:
+    descriptor: bytes
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def parameters(self) -> list[Any]:
+        sizes = [ctypes.c_int32(n) for n in self.shape]
+        return [(ctypes.c_uint8 * DESCRIPTOR_BYTES).from_buffer_copy(self.descriptor), *sizes, *map(ctypes.c_int64, self.strides)]
+
+
+Value = int | float | Described
+
+
+class Arguments:
+    """Parameters of one launch in host memory; `address` is what the driver takes."""
+
+    def __init__(self, kernel: Kernel, values: Sequence[Value]) -> None:
         if len(values) != len(kernel.arguments):
             raise EngineError(f"kernel {kernel.name} takes {len(kernel.arguments)} arguments, found {len(values)}; rebuild the bundle")
-        packed = [_value(kernel, parameter, value) for parameter, value in zip(kernel.arguments, values)]
-        if kernel.scratch_bytes and (scratch <= 0 or scratch % SCRATCH_ALIGNMENT):
-            raise EngineError(f"kernel {kernel.name} needs scratch memory aligned to {SCRATCH_ALIGNMENT}, found address {scratch}")
-        hidden = [scratch if i == 0 and kernel.scratch_bytes else None for i in range(len(kernel.hidden))]
-        self._values = packed + [ctypes.c_void_p(address) for address in hidden]
+        self._values: list[Any] = []
+        for parameter, value in zip(kernel.arguments, values):
+            self._values += value.parameters() if isinstance(value, Described) else [_value(kernel, parameter, value)]
+        self._values += [ctypes.c_void_p(None) for _ in kernel.hidden]
         self._array = (ctypes.c_void_p * len(self._values))(*(ctypes.addressof(v) for v in self._values))
         self.address = ctypes.addressof(self._array)
 
@@ -131,18 +164,40 @@ def _value(kernel: Kernel, parameter: Parameter, value: int | float) -> Any:
     return packed
 
 
+# Makes a descriptor: address, dtype, sizes, strides in elements, box, swizzle.
+Describe = Callable[[int, str, tuple[int, ...], tuple[int, ...], tuple[int, ...], int], bytes]
+
+
 def pack(
-    kernel: Kernel, arguments: Mapping[str, Argument], place: Callable[[View], int], scalars: Mapping[str, int | float], scratch: int = 0
+    kernel: Kernel, arguments: Mapping[str, Argument], place: Callable[[View], int], scalars: Mapping[str, int | float], describe: Describe
 ) -> Arguments:
     """Parameters of a launch: views at the addresses that `place` gives, numbers as they are or as `scalars` says. Raises EngineError."""
     if set(arguments) != {p.name for p in kernel.arguments}:
         wrong = sorted(set(arguments) ^ {p.name for p in kernel.arguments})
         raise EngineError(f"kernel {kernel.name} and the plan differ in {', '.join(wrong)}; rebuild the bundle")
-    values: list[int | float] = []
+    made = {d.argument: d for d in kernel.descriptors}
+    values: list[Value] = []
     for parameter in kernel.arguments:
-        value = arguments[parameter.name]
-        values.append(place(value) if isinstance(value, View) else scalars.get(parameter.name, value))
-    return Arguments(kernel, values, scratch)
+        value, descriptor = arguments[parameter.name], made.get(parameter.name)
+        if not isinstance(value, View):
+            values.append(scalars.get(parameter.name, value))
+        elif descriptor is None:
+            values.append(place(value))
+        else:
+            values.append(_described(kernel, parameter, value, descriptor, place(value), describe))
+    return Arguments(kernel, values)
+
+
+def _described(kernel: Kernel, parameter: Parameter, view: View, descriptor: Descriptor, address: int, describe: Describe) -> Described:
+    """A view behind a descriptor, which wants rows of adjacent elements at multiples of 16 bytes."""
+    size = ITEM_BYTES[view.dtype]
+    fits = len(view.shape) == len(descriptor.box) and view.strides[-1:] == (1,) and not any(s * size % 16 for s in view.strides[:-1])
+    if not fits or address % 16 or parameter.blocks is None or TRITON_TYPES[view.dtype] != parameter.blocks[0]:
+        raise EngineError(
+            f"kernel {kernel.name}: {parameter.name} must be {parameter.type} in rows at multiples of 16 bytes, found {view.dtype} {view.shape} "
+            f"with strides {view.strides}; rebuild the bundle"
+        )
+    return Described(describe(address, view.dtype, view.shape, view.strides, descriptor.box, descriptor.swizzle), view.shape, view.strides)
 
 
 def check_grid(kernel: Kernel, grid: tuple[int, int, int]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from sanawm.errors import EngineError
 from sanawm_runtime.engines._cuda_device import Gpu
 from sanawm_runtime.engines._cuda_kernels import Arguments, Kernel, check_grid, pack
-from sanawm_runtime.engines._cuda_plan import ITEM_BYTES, WEIGHT_PREFIX, Copy, Launch, Plan, View
+from sanawm_runtime.engines._cuda_plan import ITEM_BYTES, WEIGHT_PREFIX, Copy, Plan, View
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,20 @@ class _Rows:
         device.copy_rows(self.to, self.to_pitch, self.source, self.source_pitch, self.width, self.rows, stream)
 
 
-def kernel_scratch(plan: Plan, kernels: Callable[[str], Loaded]) -> int:
-    """Most bytes of scratch memory that a kernel of the plan takes."""
-    return max((kernels(step.kernel).kernel.scratch(step.grid) for step in plan.steps if isinstance(step, Launch)), default=0)
-
-
 class BoundProgram:
     """A plan's launches with their arguments packed for given buffers."""
 
     def __init__(
         self,
+        device: Gpu,
         plan: Plan,
         kernels: Callable[[str], Loaded],
         addresses: Mapping[str, int],
         weights: Mapping[str, int],
         arena: int,
         scalars: Mapping[str, int | float] | None = None,
-        scratch: int = 0,
     ) -> None:
-        """`addresses` of inputs and outputs by name, `weights` by packed name; `scalars` replace numbers of the plan by argument name.
-
-        `scratch`: address of `kernel_scratch` bytes, which launches that run one after the other may share.
-        """
+        """`addresses` of inputs and outputs by name, `weights` by packed name; `scalars` replace numbers of the plan by argument name."""
 
         def place(view: View) -> int:
             buffer = plan.buffers[view.buffer]
@@ -83,7 +75,7 @@ class BoundProgram:
                 continue
             loaded = kernels(step.kernel)
             check_grid(loaded.kernel, step.grid)
-            self._steps.append(_Launch(loaded, step.grid, pack(loaded.kernel, step.arguments, place, scalars or {}, scratch)))
+            self._steps.append(_Launch(loaded, step.grid, pack(loaded.kernel, step.arguments, place, scalars or {}, device.describe)))
 
     def enqueue(self, device: Gpu, stream: Any) -> None:
         for step in self._steps:

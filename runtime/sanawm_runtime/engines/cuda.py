@@ -24,7 +24,7 @@ from sanawm_runtime.engines._cuda_buffers import STORAGE, CudaBuffer, PendingRea
 from sanawm_runtime.engines._cuda_device import Event, Gpu, Timestamp, check_capability
 from sanawm_runtime.engines._cuda_kernels import Kernel, read_index
 from sanawm_runtime.engines._cuda_plan import Plan
-from sanawm_runtime.engines._cuda_program import BoundProgram, Loaded, kernel_scratch
+from sanawm_runtime.engines._cuda_program import BoundProgram, Loaded
 from sanawm_runtime.engines._cuda_staging import Staging
 from sanawm_runtime.engines._cuda_weights import read_table, upload
 from sanawm_runtime.engines.base import Buffer, Engine
@@ -62,7 +62,6 @@ class CudaEngine(Engine):
         check_capability(self._device, bundle.manifest.target.capability)
         self._streams = {name: self._device.new_stream() for name in ("transformer", "other", "copy")}
         self._arenas: dict[str, int] = {}
-        self._scratch: dict[str, list[tuple[int, int]]] = {}
         self._arena_bytes = self._largest_arenas()
         self._programs: dict[str, _Program] = {}
         self._parts: dict[str, _Part] = {}
@@ -202,7 +201,6 @@ class CudaEngine(Engine):
             self._parts[weights] = _Part(block, addresses, set())
         for name in plan.kernels():
             self._kernel(str(entry.extras.get("kernels", "")), name)
-        self._scratch_of(_stream_of(weights), kernel_scratch(plan, self._functions.__getitem__))
         self._parts[weights].users.add(program)
         self._programs[program] = _Program(plan, weights)
 
@@ -324,15 +322,7 @@ class CudaEngine(Engine):
             self._arenas[name] = self._device.allocate(self._arena_bytes[name])
         addresses = {key: buffer.address for key, buffer in bound.items()}
         kernels, weights = self._functions.__getitem__, self._parts[loaded.part].addresses
-        scratch = self._scratch_of(name, kernel_scratch(loaded.plan, kernels))
-        return BoundProgram(loaded.plan, kernels, addresses, weights, self._arenas[name], scalars, scratch)
-
-    def _scratch_of(self, stream: str, nbytes: int) -> int:
-        """Address of the kernels' scratch memory on a stream. Blocks that became too small stay: recorded graphs name them."""
-        blocks = self._scratch.setdefault(stream, [])
-        if nbytes and (not blocks or blocks[-1][1] < nbytes):
-            blocks.append((self._device.allocate(nbytes), nbytes))
-        return blocks[-1][0] if blocks else 0
+        return BoundProgram(self._device, loaded.plan, kernels, addresses, weights, self._arenas[name], scalars)
 
     def _bound(self, loaded: _Program, name: str, buffers: Mapping[str, Buffer]) -> CudaBuffer:
         wanted, given = loaded.plan.buffers[name], buffers.get(name)
@@ -354,10 +344,9 @@ class CudaEngine(Engine):
         for program in list(self._programs):
             self.unload(program)
         self._rows.clear()
-        for address in (*self._row_blocks, *self._arenas.values(), *(block for blocks in self._scratch.values() for block, _ in blocks)):
+        for address in (*self._row_blocks, *self._arenas.values()):
             self._device.free(address)
         self._arenas.clear()
-        self._scratch.clear()
         self._closed = True
         self._device.close()
 
