@@ -112,6 +112,9 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Axes]] = {
         "kind": ["bf16", "fp32"], "weight": ["bf16", "fp32"], "heads": [2, 3], "width": [16, 32], "eps": [1e-6, 1e-5], "tile": [TILE],
         "parts": [0, 4, 5], **QUANTIZED,
     }),
+    "cross_roles": (attention.cross_roles, {
+        "weight": ["bf16", "fp32"], "heads": [2, 3], "width": [16, 32], "keys": [12, 300], "eps": [1e-6, 1e-5], "parts": [4, 5],
+    }),
     "gemm": (lambda operands, **rest: gemm.gemm(*operands, **rest), {
         "operands": [(BF16, BF16), (FP8, FP8), (FP8, ROWS), (ROWS, ROWS), (FP4, FP4), (SWIZZLED, SWIZZLED)], "columns": [64, 96], "depth": [64, 128],
         "tokens": [4, 6], "finish": FINISHES, "config": [CONFIG],

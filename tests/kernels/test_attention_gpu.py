@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from sanawm_kernels.attention import naive, table
+from sanawm_kernels.attention import naive, plans, table
 from sanawm_kernels.attention import triton as fused
 from sanawm_kernels.attention.naive import InverseUCPE, Segment
 from sanawm_kernels.quant.formats import Fp8Tensor
@@ -127,3 +127,24 @@ def test_the_camera_branch_is_quantized(keep: bool) -> None:
     different = out.quantized.dequantize(torch.float64) != wanted.dequantize(torch.float64)
     # A reciprocal product may meet a tie.
     assert float(different.double().mean()) < 1e-4
+
+
+@pytest.mark.parametrize(("N", "L", "present"), [(2640, 300, 240), (2640, 300, 7), (61, 17, 17), (130, 128, 100), (129, 129, 129), (64, 320, 0)])
+def test_cross_attention_with_roles(N: int, L: int, present: int) -> None:
+    """Blocks of keys that end within one, masks that leave whole blocks out or everything, tiles of queries that overhang."""
+    H, D = 20, 112
+    q, weight = 3 * rand(1, N, H * D), rand(H * D, seed=1)
+    k, v = rand(1, L, H, D, seed=2), rand(1, L, H, D, seed=3)
+    mask = torch.zeros(1, L, dtype=torch.bool, device="cuda")
+    mask[0, torch.randperm(L, device="cuda")[:present]] = True
+    squares = torch.nn.functional.pad(q.float().square(), (0, -H * D % 128)).unflatten(2, (-1, 128)).sum(3)
+    assert plans.roles_fit(90, "bf16", D, L, squares.shape[2], None, 1)
+    out = fused.cross_attention(q, k, v, mask, weight, 1e-6, squares=squares.contiguous()).plain
+    again = fused.cross_attention(q, k, v, mask, weight, 1e-6, squares=squares.contiguous()).plain
+    wanted = naive.cross_attention(q.double(), k.double(), v.double(), mask, weight.double(), 1e-6).plain
+    assert out is not None and again is not None and wanted is not None and torch.equal(out, again)
+    if present == 0:
+        assert not out.any()
+    else:
+        # Queries, probabilities and outputs are rounded to bfloat16, 2^-9 relative each on average less.
+        assert float((out.double() - wanted).norm() / wanted.norm()) < 6e-3

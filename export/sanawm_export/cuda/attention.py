@@ -173,8 +173,13 @@ def _pair(
 
 def _addressed(name: str, x: View, heads: int) -> dict[str, Any]:
     """Rows (n, C) as (n, H, D) for the launch that reads them, and for the one that rarely does their address alone, which costs it no traffic."""
-    step, width = row_stride(x), x.shape[1] // heads
-    return {name: replace(x, shape=(x.shape[0], heads, width), strides=(step, width, 1)), f"{name}_at": x.narrow(0, 0, 1), f"{name}_row": step}
+    return {name: _by_head(x, heads), f"{name}_at": x.narrow(0, 0, 1), f"{name}_row": row_stride(x)}
+
+
+def _by_head(x: View, heads: int) -> View:
+    """Rows (n, C) as (n, H, D)."""
+    width = x.shape[1] // heads
+    return replace(x, shape=(x.shape[0], heads, width), strides=(row_stride(x), width, 1))
 
 
 def _rows(x: View, columns: int) -> View:
@@ -229,14 +234,18 @@ def cross_attention(ctx: Context, block: str, x: Rows, keys: View, values: View,
     q = product(ctx, "cross.q", f"{block}.cross_q", x, squares=squares).values
     k, v = (t.reshape(L, H * D) for t in (keys, values))
     done, out, fill, parameters = _outputs(ctx, "cross.attend", M, H, D, f"{block}.cross_proj")
-    chosen = tile("cross", ctx.target, ctx.kind, parameters.get("quant"))
-    variant = plans.cross_attention(
-        ctx.kind, ctx.kind, H, D, CROSS_NORM_EPS, chosen, parts=parts, keep=out is not None, **parameters
-    )
+    tensors = {"q": q, "k": k, "v": v}
+    if plans.roles_fit(ctx.target, ctx.kind, D, L, parts, parameters.get("quant"), 1):
+        variant = plans.cross_roles(ctx.kind, H, D, L, CROSS_NORM_EPS, parts)
+        tensors = {name: _by_head(x, H) for name, x in tensors.items()}
+    else:
+        chosen = tile("cross", ctx.target, ctx.kind, parameters.get("quant"))
+        variant = plans.cross_attention(ctx.kind, ctx.kind, H, D, CROSS_NORM_EPS, chosen, parts=parts, keep=out is not None, **parameters)
     bindings: dict[str, Any] = {
-        "q": q, "q_row": row_stride(q), "q_batch": M * row_stride(q), "k": k, "k_row": row_stride(k), "k_batch": L * row_stride(k),
-        "v": v, "v_row": row_stride(v), "v_batch": L * row_stride(v), "mask": mask, "q_norm": ctx.weight(f"{block}.cross_q_norm"),
+        **tensors, "q_row": row_stride(q), "q_batch": M * row_stride(q), "k_row": row_stride(k), "k_batch": L * row_stride(k),
+        "v_row": row_stride(v), "v_batch": L * row_stride(v), "mask": mask, "q_norm": ctx.weight(f"{block}.cross_q_norm"),
         "squares": squares, "out": out, "N": M, "L": L, "softmax_scale": D**-0.5, **fill,
     }  # fmt: skip
-    ctx.tape.launch("cross.attend", variant, bindings, _STORED, flops=4 * M * L * c.hidden, unit=ctx.kind, BATCH=1)
+    programs = MULTIPROCESSORS.get(ctx.target, 1)
+    ctx.tape.launch("cross.attend", variant, bindings, _STORED, flops=4 * M * L * c.hidden, unit=ctx.kind, BATCH=1, SMS=programs)
     return replace(done, plain=out)

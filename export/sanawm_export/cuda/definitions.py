@@ -36,7 +36,7 @@ def _batched(x: Tensor | None) -> Any:
 
 def _request(a: Arguments, c: Arguments) -> Quantize | None:
     """The quantization that a launch asks for."""
-    kind = _KINDS[c["QUANT"]]
+    kind = _KINDS[c.get("QUANT", 0)]
     if kind is None:
         return None
     scale = None if kind == "fp8_rows" else a["quant_scale"].reshape(())
@@ -122,10 +122,10 @@ def finish_pair(a: Arguments, c: Arguments) -> None:
 
 
 def cross_attention(a: Arguments, c: Arguments) -> None:
-    k, v, mask = _heads(a["k"], c), _heads(a["v"], c), a["mask"].bool()
+    q, k, v, mask = a["q"].flatten(1), _heads(a["k"].flatten(1), c), _heads(a["v"].flatten(1), c), a["mask"].bool()
     if "squares" in a:  # what the product measured must be what the definition would measure
-        torch.testing.assert_close(a["squares"].double().sum(1), a["q"].double().square().sum(1), rtol=1e-4, atol=1e-6)
-    _store(a, *attention.cross_attention(_batched(a["q"]), k, v, mask, a["q_norm"], c["EPS"], quantize=_request(a, c)))
+        torch.testing.assert_close(a["squares"].double().sum(1), q.double().square().sum(1), rtol=1e-4, atol=1e-6)
+    _store(a, *attention.cross_attention(_batched(q), k, v, mask, a["q_norm"], c["EPS"], quantize=_request(a, c)))
 
 
 def block_gdn(a: Arguments, c: Arguments) -> None:
@@ -210,7 +210,7 @@ def temporal_conv(a: Arguments, c: Arguments) -> None:
 
 
 def pingpong(a: Arguments, c: Arguments) -> None:
-    constants = {**c, "FRAME": c["TOKENS"], "SLICES": 1, "BF16": True, "QUANT": 0}
+    constants = {**c, "FRAME": c["TOKENS"], "SLICES": 1, "BF16": True}
     (gemm if c["TAPS"] == 1 else temporal_conv)(a, constants)
 
 
@@ -306,6 +306,7 @@ DEFINITIONS: Mapping[str, Callable[[Arguments, Arguments], None]] = {
     "sanawm_kernels.attention.kernels:window_attention": window_attention,
     "sanawm_kernels.attention.finish:finish_pair": finish_pair,
     "sanawm_kernels.attention.cross:cross_attention": cross_attention,
+    "sanawm_kernels.attention.cross_roles:cross_attention": cross_attention,
     "sanawm_kernels.gdn.apply:apply": block_gdn,
     "sanawm_kernels.gemm.kernels:gemm": gemm,
     "sanawm_kernels.gemm.kernels:temporal_conv": temporal_conv,

@@ -23,6 +23,8 @@ from sanawm_kernels.tokenwise.plans import (
 
 WINDOW = "sanawm_kernels.attention.kernels:window_attention"
 CROSS = "sanawm_kernels.attention.cross:cross_attention"
+# Keys of a block of the cross-attention with roles, and how many logits of a row its consumers hold in registers.
+ROLES_BLOCK, ROLES_KEYS = 128, 320
 
 
 @cache
@@ -210,3 +212,36 @@ def cross_attention(
         hot=True,
         spill_reason="8 bytes in Triton 3.9, once a tile; the loop over keys has no local memory access",
     )
+
+
+@cache
+def cross_roles(weight: str, heads: int, width: int, keys: int, eps: float, parts: int) -> KernelVariant:
+    """The same on Hopper for one batch in bfloat16, where `roles_fit`; `parts` partial sums of squares a row."""
+    last = power_of_two(keys - (keys - 1) // ROLES_BLOCK * ROLES_BLOCK, 16)
+    cached = blocks("bf16", ROLES_BLOCK, 1, 128)
+    return KernelVariant(
+        name=f"attention.cross_roles.h{heads}.d{width}.l{keys}.parts{parts}.bf16{other(weight, 'bf16', 'weight')}{eps_name(eps, LAYER_EPS)}",
+        kernel="sanawm_kernels.attention.cross_roles:cross_attention",
+        signature={
+            "q": blocks("bf16", 64, 1, 128), "k": cached, "v": cached, "mask": "*u8", "q_norm": f"*{weight}:16", "squares": "*fp32:16",
+            "out": "*bf16:16", "N": "i32", "softmax_scale": "fp32",
+        },
+        constexprs={
+            "HEADS": heads, "KEYS": keys, "PARTS": parts, "BP": power_of_two(parts, 8), "D": width, "BN": ROLES_BLOCK, "TAIL": last, "EPS": eps,
+        },
+        # As many programs a head as there are multiprocessors for; any number of them is right.
+        grid=("HEADS * max(1, SMS // HEADS)", "1", "1"),
+        grid_sizes=("SMS",),
+        # A consumer's; the kernel adds the other one and the loader.
+        num_warps=4,
+        targets=(90,),
+        hot=True,
+        spill_reason="addresses that the compiler makes before the loop, read between products, and a few of a thread's 160 logits",
+    )  # fmt: skip
+
+
+def roles_fit(target: int, kind: str, width: int, keys: int, parts: int, quant: str | None, batch: int) -> bool:
+    """Whether `cross_roles` serves a cross-attention."""
+    whole = (keys - 1) // ROLES_BLOCK * ROLES_BLOCK
+    fits = whole + power_of_two(keys - whole, 16) <= ROLES_KEYS and width % 16 == 0 and width <= 128
+    return target == 90 and kind == "bf16" and fits and parts > 0 and quant is None and batch == 1

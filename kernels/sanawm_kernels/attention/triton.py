@@ -11,7 +11,7 @@ from torch import Tensor
 from sanawm_kernels.attention import plans, table
 from sanawm_kernels.attention.naive import Fp8Scales, InverseUCPE, Segment
 from sanawm_kernels.quant.request import Output, Quantize, empty_quantized
-from sanawm_kernels.tokenwise.launch import launch, native_fp4, target, type_name, vector
+from sanawm_kernels.tokenwise.launch import launch, multiprocessors, native_fp4, target, type_name, vector
 from sanawm_kernels.tokenwise.row_ops import quantized_arguments
 
 
@@ -124,7 +124,7 @@ def window_pair(
     request = _request(quantize, D, what)
     chosen = tile or table.pair_tile(target(device))
     # The interpreter stands in for a GPU of four multiprocessors.
-    programs = torch.cuda.get_device_properties(device).multi_processor_count // 2 if device.type == "cuda" else 2
+    programs = max(1, multiprocessors(device) // 2)
     for name, (shape, dtype) in plans.pair_scratch(N, H, D, chosen, programs).items():
         arguments[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
     main_out = torch.empty(N, H * D, dtype=torch.bfloat16, device=device)
@@ -189,18 +189,20 @@ def cross_attention(
         )
     request = _request(quantize, D, what)
     kind = type_name(q_BNC, what)
-    tile = table.tile("cross", target(q_BNC.device), kind, request.get("quant"))
-    variant = plans.cross_attention(
-        kind, type_name(q_norm_C, f"{what} q_norm"), H, D, eps, tile, parts=0 if squares is None else squares.shape[2],
-        native=native_fp4(q_BNC.device), **request,
-    )  # fmt: skip
+    on, weight, parts = target(q_BNC.device), type_name(q_norm_C, f"{what} q_norm"), 0 if squares is None else squares.shape[2]
+    roles = plans.roles_fit(on, kind, D, L, parts, request.get("quant"), B)
+    if roles:
+        variant = plans.cross_roles(weight, H, D, L, eps, parts)
+    else:
+        tile = table.tile("cross", on, kind, request.get("quant"))
+        variant = plans.cross_attention(kind, weight, H, D, eps, tile, parts=parts, native=native_fp4(q_BNC.device), **request)
     out = torch.empty(B, N, H * D, dtype=q_BNC.dtype, device=q_BNC.device) if request["keep"] else None
     quantized = empty_quantized((B, N, H * D), quantize, q_BNC.device)
     arguments: dict[str, Any] = {
-        "q": q_BNC, "q_row": q_BNC.stride(1), "q_batch": q_BNC.stride(0), "k": k_BLHD, "v": v_BLHD,
+        "q": q_BNC[0].unflatten(1, (H, D)) if roles else q_BNC, "q_row": q_BNC.stride(1), "q_batch": q_BNC.stride(0), "k": k_BLHD, "v": v_BLHD,
         "k_row": k_BLHD.stride(1), "k_batch": k_BLHD.stride(0), "v_row": v_BLHD.stride(1), "v_batch": v_BLHD.stride(0),
         "mask": mask_BL.view(torch.uint8), "q_norm": vector(q_norm_C, H * D, f"{what} q_norm"), "N": N, "L": L, "softmax_scale": D**-0.5,
     }  # fmt: skip
     arguments |= ({} if squares is None else {"squares": squares}) | ({} if out is None else {"out": out})
-    launch(variant, arguments | quantized_arguments(quantized, quantize, q_BNC.device), BATCH=B)
+    launch(variant, arguments | quantized_arguments(quantized, quantize, q_BNC.device), BATCH=B, SMS=multiprocessors(q_BNC.device))
     return Output(out, quantized)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sanawm_kernels.aot.spec import KernelVariant, ModelSizes
 from sanawm_kernels.attention import plans, table
+from sanawm_kernels.gemm.plans import Finish
 from sanawm_kernels.gemm.table import default_config
 from sanawm_kernels.tokenwise.variants import CROSS_NORM_EPS, KIND, one_scale
 
@@ -25,8 +26,9 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
             pair = table.pair_tile(target)
             found += [plans.window_pair(H, D, segments, pair), plans.finish_pair(H, D, segments, pair)]
             found.append(plans.finish_pair(H, D, segments, pair, quant="fp8", keep=False))
-    config = default_config(target, KIND, sizes.hidden)
-    parts = -(-sizes.hidden // (config.columns // config.slices))
+    parts = -(-sizes.hidden // default_config(target, KIND, sizes.hidden, Finish(squares=True)).squares_width)
+    if plans.roles_fit(target, KIND, D, sizes.text_tokens, parts, None, 1):
+        found.append(plans.cross_roles(KIND, H, D, sizes.text_tokens, CROSS_NORM_EPS, parts))
     for recipe in [{}, *one_scale(target)]:
         tile = table.tile("cross", target, KIND, recipe.get("quant"))
         for measured in (parts, 0):

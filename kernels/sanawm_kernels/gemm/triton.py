@@ -11,7 +11,7 @@ from sanawm_kernels.gemm import plans, table
 from sanawm_kernels.gemm.naive import Epilogue, Operand, Product, output_dtype
 from sanawm_kernels.quant.formats import Fp8Tensor, Nvfp4Tensor
 from sanawm_kernels.quant.request import empty_quantized
-from sanawm_kernels.tokenwise.launch import launch, matching_rows, native_fp4, rows, target, type_name, vector
+from sanawm_kernels.tokenwise.launch import launch, matching_rows, multiprocessors, native_fp4, rows, target, type_name, vector
 from sanawm_kernels.tokenwise.row_ops import quantized_arguments
 
 
@@ -103,7 +103,7 @@ def _programs(config: plans.Config, device: torch.device) -> dict[str, int]:
     """The size a persistent grid needs."""
     if not config.persistent:
         return {}
-    return {"SMS": torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2}
+    return {"SMS": multiprocessors(device)}
 
 
 def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, config: plans.Config | None = None) -> Product:

@@ -75,6 +75,12 @@ def target(device: torch.device) -> int:
     return major * 10 + minor
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a device; 2 for the CPU, where persistent kernels still have more than one program."""
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    return count
+
+
 def native_fp4(device: torch.device) -> bool:
     """Whether the device has e2m1 conversion instructions."""
     return target(device) >= NATIVE_FP4
