@@ -167,7 +167,7 @@ def product(
         weight=ctx.kind, **parameters,
     )  # fmt: skip
     unit = _unit(ctx, name)
-    config = default_config(ctx.target, unit, columns, finish)
+    config = default_config(ctx.target, unit, columns, finish, tokens=tokens)
     variant = plans.gemm(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), columns, depth, tokens, finish, config)
     bindings = {**_a_arguments(x), **b, "bias": bias, **_finish_arguments(operands), "out": result, "squares": squares, **fill, "M": M}
     written = ("out", "codes", "scales", "squares")
@@ -189,7 +189,8 @@ def tile_quantization(
 
 def temporal_head(ctx: Context, name: str, columns: int, frame: int) -> int:
     """Rows that the temporal product `name` wants free before its operand, for the frame that comes before it."""
-    return frame if default_config(ctx.target, _unit(ctx, name), columns, _temporal_finish(ctx), taps=3).form != "pointers" else 0
+    config = default_config(ctx.target, _unit(ctx, name), columns, _temporal_finish(ctx), tokens=frame, taps=3)
+    return frame if config.form != "pointers" else 0
 
 
 def _temporal_finish(ctx: Context) -> Finish:
@@ -208,7 +209,7 @@ def temporal_product(
     x = as_operand(ctx, label, x, name, head)
     b = _b_arguments(ctx, name, None)
     unit, finish = _unit(ctx, name), _temporal_finish(ctx)
-    config = default_config(ctx.target, unit, C, finish, taps=3)
+    config = default_config(ctx.target, unit, C, finish, tokens=frame, taps=3)
     variant = plans.temporal_conv(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), C, C, frame, M, tail is not None, finish, config)
     out = ctx.tensor(label, M, C)
     operands = {"add": add, "frame_gate": frame_gate, "residual": residual}

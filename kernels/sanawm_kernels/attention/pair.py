@@ -7,7 +7,8 @@ each consumer. The warps of a program have roles:
     the loader, one warp                     queries, and blocks of BN keys and values, up to STAGES ahead
 
 Probabilities are relative to the largest logit of a row's first block of keys, not of all keys so far: nothing is scaled again from block to block.
-Such sums cannot vanish, as the first block holds a one, but they could become too large for float32; their tiles are left to `finish_pair`.
+They are 2**HEADROOM times smaller, so that sums neither vanish, as the first block holds 2**-HEADROOM, nor leave float32 before another block's
+logit is HEADROOM + 96 larger. Tiles whose sums do are left to `finish_pair`; camera logits get there when a path leads some hundred units away.
 
 The last tiles of a branch, which do not fill a round of its programs, are each divided by keys into PARTS, so that more programs share them. Every
 part begins with the first block, which gives all of them the same maxima; their sums are `finish_pair`'s to add, in an order that is always the same.
@@ -25,6 +26,8 @@ from sanawm_kernels.attention.kernels import LOG2_E
 # Queries of a consumer, which are the rows of one instruction, and channels of a block, of which those from a head's width on are zeros.
 ROWS = gl.constexpr(64)
 P = gl.constexpr(128)
+# Binary orders of magnitude below one: 30 above the smallest normal number, more than bfloat16 probabilities resolve.
+HEADROOM = gl.constexpr(96.0)
 
 
 @gluon.jit
@@ -281,7 +284,7 @@ def _consume(
         s = warpgroup_mma_wait(0, deps=(s,))
         mbarrier.arrive(keys_empty.index(stage), count=1)
         s = _within(s, 0, n0, LOGITS)
-        m = gl.max(s, 1) * scale
+        m = gl.max(s, 1) * scale + HEADROOM
         # Only the first part counts the block that all parts need for the maximum.
         made = gl.where(part > 0, 0.0, gl.exp2(s * scale - m[:, None]))
         total = _row_sums(made)

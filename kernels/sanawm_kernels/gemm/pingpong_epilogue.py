@@ -63,7 +63,8 @@ def _finish_slice(
     row = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(1, LAYOUT))
     column = tile_n * BN + FIRST + gl.arange(0, SLICE, gl.SliceLayout(0, LAYOUT))
     if frame_gate is not None:
-        upper, lower = _frame_gates(frame_gate, frame_gate_row, row, column, tile_m * BM, M, N, BM, TOKENS)
+        gl.static_assert(TOKENS >= BM, "a tile's rows belong to two frames at most")
+        upper, lower = _frame_gates(frame_gate, frame_gate_row, column, tile_m * BM, M, N, TOKENS)
     if a_scale is not None:
         if A_ROWS:
             acc *= gl.expand_dims(gl.load(a_scale + row, mask=row < M, other=0.0), 1)
@@ -130,20 +131,9 @@ def _slice(chunks, place, FIRST: gl.constexpr, WIDTH: gl.constexpr):
 
 
 @gluon.jit
-def _frame_gates(
-    frame_gate, frame_gate_row, row, column, first_row, M,
-    N: gl.constexpr, BM: gl.constexpr, TOKENS: gl.constexpr,
-):  # fmt: skip
-    """Gates of a slice's rows of the tile's first frame, and of those below."""
-    inside = column < N
-    if TOKENS >= BM:
-        # The others belong to the next frame.
-        frame = first_row // TOKENS
-        last = gl.cdiv(M, TOKENS) - 1
-        upper = gl.load(frame_gate + frame.to(gl.int64) * frame_gate_row + column, mask=inside, other=0.0)
-        lower = gl.load(frame_gate + min(frame + 1, last).to(gl.int64) * frame_gate_row + column, mask=inside, other=0.0)
-        return gl.expand_dims(upper, 0), gl.expand_dims(lower, 0)
-    else:
-        at = gl.expand_dims((row // TOKENS).to(gl.int64) * frame_gate_row, 1) + gl.expand_dims(column, 0)
-        gates = gl.load(frame_gate + at, mask=gl.expand_dims(row < M, 1) & gl.expand_dims(inside, 0), other=0.0)
-        return gates, gates
+def _frame_gates(frame_gate, frame_gate_row, column, first_row, M, N: gl.constexpr, TOKENS: gl.constexpr):
+    """Gates of a slice's rows of the tile's first frame, and of those below, which belong to the next one."""
+    inside, frame, last = column < N, first_row // TOKENS, gl.cdiv(M, TOKENS) - 1
+    upper = gl.load(frame_gate + frame.to(gl.int64) * frame_gate_row + column, mask=inside, other=0.0)
+    lower = gl.load(frame_gate + min(frame + 1, last).to(gl.int64) * frame_gate_row + column, mask=inside, other=0.0)
+    return gl.expand_dims(upper, 0), gl.expand_dims(lower, 0)

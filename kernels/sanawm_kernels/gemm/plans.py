@@ -30,6 +30,8 @@ _EPILOGUE_SPILLS = "8 bytes in Triton 3.9, in the epilogue; the loop over the de
 _WHOLE = ("add", "gate", "residual", "extra")
 # How many of them the `pingpong` kernel has room for in shared memory.
 PINGPONG_OPERANDS = 2
+# Rows of its tiles, which may belong to two frames and no more.
+PINGPONG_ROWS = 128
 # Architectures with instructions for NVFP4 products; Triton from 3.9 on also compiles them for sm_90, where it emulates them with bfloat16.
 FP4_TARGETS = tuple(t for t in TARGETS if t >= 100)
 EMULATED_FP4 = 90
@@ -194,9 +196,9 @@ def _taken(constants: dict[str, object], config: Config) -> dict[str, object]:
     return {name: value for name, value in constants.items() if name not in _POINTERS_ONLY}
 
 
-def takes_turns(kind: str, finish: Finish) -> bool:
-    """Whether the `pingpong` kernel has operands of `kind` and that epilogue."""
-    fits = finish.keep and finish.quant is None and finish.out == "bf16" and not finish.glu
+def takes_turns(kind: str, finish: Finish, tokens: int) -> bool:
+    """Whether the `pingpong` kernel has operands of `kind` and that epilogue; `tokens` rows share a frame gate."""
+    fits = finish.keep and finish.quant is None and finish.out == "bf16" and not finish.glu and (not finish.frame_gate or tokens >= PINGPONG_ROWS)
     return fits and kind in ("bf16", "fp8") and sum(bool(getattr(finish, name)) for name in _WHOLE) <= PINGPONG_OPERANDS
 
 
@@ -227,7 +229,7 @@ def _pingpong(
 @cache
 def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: Finish, config: Config) -> KernelVariant:
     """x (M, depth) @ weight (columns, depth)^T; `tokens` rows share a frame gate. Raises ValueError for operands that do not go together."""
-    check(a, b, depth, finish, config)
+    check(a, b, depth, tokens, finish, config)
     entries = (
         _operand_entries("a", a, stride(depth // (2 if a.kind == "nvfp4" else 1)))
         | _operand_entries("b", b, None)
@@ -266,7 +268,7 @@ def temporal_conv(
 
     With a `tail` a kernel with descriptors takes one batch alone, in rows that follow the tail's; the others take the tail as an operand of its own.
     """
-    check(a, b, channels, finish, config)
+    check(a, b, channels, frame, finish, config)
     if a.row_scales or a.swizzled or b.swizzled:
         raise ValueError("temporal_conv: expected one activation scale and block scales in rows: frames do not start at tiles of 128 rows")
     if config.form != "pointers" and batch % frame:
@@ -315,9 +317,9 @@ def epilogue(columns: int, tokens: int, kind: str, finish: Finish, rows: int = 3
     )
 
 
-def check(a: Operand, b: Operand, depth: int, finish: Finish, config: Config) -> None:
+def check(a: Operand, b: Operand, depth: int, tokens: int, finish: Finish, config: Config) -> None:
     """ValueError where a product of these operands does not exist."""
-    if config.form == "pingpong" and not takes_turns(a.kind, finish):
+    if config.form == "pingpong" and not takes_turns(a.kind, finish, tokens):
         raise ValueError("product: expected bf16 or FP8 operands, a plain bf16 result and at most two operands as large to take turns")
     if config.form != "pointers" and (a.kind not in ("bf16", "fp16", "fp8", "fp32") or finish.glu or not config.persistent):
         raise ValueError("product: expected plain or FP8 operands, no gated linear unit and a persistent grid for kernels with descriptors")

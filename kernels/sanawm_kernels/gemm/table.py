@@ -130,17 +130,19 @@ TILES: tuple[Row, ...] = (
 
 
 def default_config(
-    target: int, kind: str, columns: int, finish: Finish | None = None, *, taps: int = 1, swizzled: bool = False, batched: bool = False
-) -> Config:
+    target: int, kind: str, columns: int, finish: Finish | None = None, *, tokens: int = 1, taps: int = 1, swizzled: bool = False,
+    batched: bool = False,
+) -> Config:  # fmt: skip
     """Tile of a product with operands of `kind`, that many output channels and an epilogue; ValueError for an architecture without one.
 
-    taps: 3 for a temporal convolution, `batched` if it is one of several batches, whose rows no single descriptor covers.
+    tokens: rows that share a frame gate. taps: 3 for a temporal convolution, `batched` if it is one of several batches, whose rows no single
+    descriptor covers.
     """
     finish = finish or Finish()
     glu, described = finish.glu, not (finish.glu or batched)
     facts = {
         "kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": described, "wide": columns >= WIDE,
-        "turns": described and takes_turns(kind, finish), "taps": taps, "silu": finish.silu,
+        "turns": described and takes_turns(kind, finish, tokens), "taps": taps, "silu": finish.silu,
     }  # fmt: skip
     row = choose_row(TILES, "product", target, **facts)
     config = Config(warps=row.num_warps, stages=row.num_stages, **row.settings)

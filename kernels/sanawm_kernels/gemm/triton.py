@@ -119,7 +119,9 @@ def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, con
     columns = weights.shape[0] // (2 if epilogue.glu else 1)
     device, depth = values.device, _depth(values, a)
     finishing = _Finishing(epilogue, (*values.shape[:2], columns), output_dtype(x, epilogue), device, what)
-    config = config or table.default_config(target(device), a.kind, columns, finishing.finish, swizzled=a.swizzled or b.swizzled)
+    if config is None:
+        swizzled = a.swizzled or b.swizzled
+        config = table.default_config(target(device), a.kind, columns, finishing.finish, tokens=finishing.tokens, swizzled=swizzled)
     finishing.make_squares(config.squares_width)
     flat = rows(values, f"{what} x")
     if isinstance(x, Nvfp4Tensor) and x.layout == "rows" and flat.stride(0) != flat.shape[1]:
@@ -178,7 +180,8 @@ def temporal_conv(
         _aligned(before, f"{what} tail")
     finishing = _Finishing(epilogue, (B, tokens, weights.shape[0]), output_dtype(s, epilogue), values.device, what)
     depth = _depth(values, a)
-    config = config or table.default_config(target(values.device), a.kind, weights.shape[0], finishing.finish, taps=3, batched=B > 1)
+    if config is None:
+        config = table.default_config(target(values.device), a.kind, weights.shape[0], finishing.finish, tokens=frame, taps=3, batched=B > 1)
     if tail is not None and config.form != "pointers":
         # One descriptor reads the tail and what follows it; plans write both into one buffer.
         together = torch.cat((before, flat))

@@ -43,7 +43,7 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
     found: dict[str, KernelVariant] = {}
     for a, b in operands(target):
         for columns, depth, finish in _block_products(sizes, target):
-            config = default_config(target, a.kind, columns, finish, swizzled=a.swizzled)
+            config = default_config(target, a.kind, columns, finish, tokens=sizes.tokens_per_frame, swizzled=a.swizzled)
             variant = plans.gemm(a, b, columns, depth, sizes.tokens_per_frame, finish, config)
             found[variant.name] = variant
         if not a.row_scales:
@@ -65,7 +65,7 @@ def emulated(sizes: ModelSizes) -> list[KernelVariant]:
     recipe = {"quant": "nvfp4", "native": False}
     found: dict[str, KernelVariant] = {}
     for columns, depth, finish in _block_products(sizes, target, [recipe]):
-        config = default_config(target, "nvfp4", columns, finish)
+        config = default_config(target, "nvfp4", columns, finish, tokens=sizes.tokens_per_frame)
         variant = plans.gemm(fp4, fp4, columns, depth, sizes.tokens_per_frame, finish, config)
         found[variant.name] = variant
     found |= {variant.name: variant for variant in _temporal(sizes, target, fp4, fp4)}
@@ -107,9 +107,8 @@ def _temporal(sizes: ModelSizes, target: int, a: Operand, b: Operand) -> Iterato
     for frames in sizes.frames:
         for tail in (False, True):
             tokens = sizes.tokens_per_frame
-            yield plans.temporal_conv(
-                a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, tail, finish, default_config(target, a.kind, sizes.hidden, finish, taps=3)
-            )
+            config = default_config(target, a.kind, sizes.hidden, finish, tokens=tokens, taps=3)
+            yield plans.temporal_conv(a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, tail, finish, config)
 
 
 def _outer_products(sizes: ModelSizes) -> list[tuple[int, int]]:
