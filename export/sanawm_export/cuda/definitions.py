@@ -282,7 +282,10 @@ def described_conv(a: Arguments, c: Arguments) -> None:
         y = conv.pixels(y.to(a["x"].dtype), c["PATCH"]).reshape(a["out"].shape)
     elif "skip" in a:
         y = y + wide(_pitched(a["skip"], c))
-    out = a["out"] if c["MODE"] in (MODES["upsample"], MODES["pixels"]) else _pitched(a["out"], c)
+    out = a["out"]
+    if c["MODE"] not in (MODES["upsample"], MODES["pixels"]):
+        # What lies between rows is computed like the rest and never read: a number that nothing else makes.
+        out = _pitched(out.fill_(-77777), c)
     # All in the first part of several.
     out.zero_()[: len(y)] = y
 
