@@ -9,6 +9,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,6 +102,32 @@ def measure(calls: Callable[[], Any] | Sequence[Callable[[], Any]], n: int = 60)
     del kept
     times = times[10:]
     return Timing(statistics.median(times), min(times), max(times), n)
+
+
+def sustained(call: Callable[[], Any], seconds: float = 0.25) -> float:
+    """Microseconds of a call at full power: the best of three times `seconds` without a pause, after as long that is not counted.
+
+    A GPU that reaches its power limit takes longer then than for a single call, and not in the same proportion for every kernel.
+    """
+    calls, graph = 20, torch.cuda.CUDAGraph()
+    call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        kept = [call() for _ in range(calls)]
+    times = []
+    for _ in range(4):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        replays, started = 0, time.perf_counter()
+        begin.record()
+        while time.perf_counter() - started < seconds:
+            graph.replay()
+            torch.cuda.current_stream().synchronize()
+            replays += 1
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / (replays * calls))
+    del kept
+    return min(times[1:])
 
 
 def repeats(nbytes: int, floor: float, cache: int) -> int:

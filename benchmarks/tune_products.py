@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import multiprocessing
 import os
 import sys
@@ -26,11 +27,19 @@ PRODUCTS = {"merged": "plain", "ffn_in": "silu", "ffn_out": "plain", "square": "
 TILES = ((256, 8, 3), (256, 8, 4), (128, 8, 4), (128, 8, 5), (128, 4, 4))
 
 
+# Chunks of the epilogue, stages and chunks in flight.
+TURNS = ((64, 6, 1), (64, 5, 2), (128, 5, 1))
+
+
 def candidates(kind: str) -> Iterator[Config]:
-    """Tiles to try for operands of a kind."""
+    """Tiles to try for operands of a kind, of the kernels whose consumers take turns and of those without."""
+    depth = 64 if kind == "bf16" else 128
     for (columns, warps, stages), slices, group in product(TILES, (1, 2, 4), (4, 8, 21)):
         if columns // slices >= 64:
-            yield Config(128, columns, 64 if kind == "bf16" else 128, group, warps, stages, slices, persistent=1, form="descriptors")
+            yield Config(128, columns, depth, group, warps, stages, slices, persistent=1, form="descriptors")
+    for (chunk, stages, ring), slices, group in product(TURNS, (1, 2), (4, 8, 21)):
+        if chunk >= 128 // slices:
+            yield Config(128, 128, depth, group, 4, stages, slices, persistent=1, form="pingpong", chunk=chunk, ring=ring)
 
 
 def prepared(name: str, kind: str) -> Callable[[Config], Any]:
@@ -60,10 +69,11 @@ def compiles(job: tuple[str, str, Config]) -> str | None:
 
 @click.command()
 @click.option("--kind", "kinds", multiple=True, default=("bf16", "fp8_rows"), show_default=True, type=click.Choice(["bf16", "fp8", "fp8_rows"]))
+@click.option("--full-power", is_flag=True, help="Time half a second and more of each tile, at the clock that the power limit leaves.")
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, help="Processes that compile.")
-def main(kinds: tuple[str, ...], workers: int) -> None:
+def main(kinds: tuple[str, ...], full_power: bool, workers: int) -> None:
     import torch
-    from kernel_timing import measure
+    from kernel_timing import measure, sustained
 
     if not torch.cuda.is_available():
         raise click.UsageError("no CUDA device was found; tiles are timed on the GPU they are for")
@@ -77,7 +87,8 @@ def main(kinds: tuple[str, ...], workers: int) -> None:
             if failures[job] is not None:
                 click.echo(f"{name} {kind} {job[2]}: {failures[job]}")
                 continue
-            found.append((measure(lambda config=job[2], call=call: call(config)).median, job[2]))  # type: ignore[misc]
+            run = functools.partial(call, job[2])
+            found.append((sustained(run) if full_power else measure(run).median, job[2]))
         for time, config in sorted(found, key=lambda entry: entry[0])[:5]:
             click.echo(f"{name:8s} {kind:8s} {time:8.1f} us  {config}")
 

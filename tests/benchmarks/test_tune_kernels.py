@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import tune_inputs
 import tune_kernels as tuner
 
 from sanawm_kernels.gdn import plans as gdn
@@ -19,7 +20,9 @@ from sanawm_kernels.quant.interpreter import exact
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"T": 2, "GRID": (2, 4), "H": 3, "D": 16, "G": 32, "TEXT": 20, "S": 8, "C": 48, "N": 16, "DEVICE": "cpu"}
     for name, value in sizes.items():
-        monkeypatch.setattr(tuner, name, value)
+        monkeypatch.setattr(tune_inputs, name, value)
+        if hasattr(tuner, name):
+            monkeypatch.setattr(tuner, name, value)
     monkeypatch.setattr(tuner, "BLOCK", gdn.Problem(1, 3, 16, 2, 8, (16 * 8) ** -0.5, commit=False))
 
 
