@@ -14,12 +14,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from sanawm_kernels import roles
 from sanawm_kernels.attention.kernels import LOG2_E
 
-# The barrier of one role's threads has another name from Triton 3.7 on.
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 # Queries of a tile, which are the rows of one instruction, and channels of a block, of which those from a head's width on are zeros.
 ROWS = gl.constexpr(64)
 P = gl.constexpr(128)
@@ -98,7 +97,7 @@ def _load(q, k, v, held, arrived, head, first, last):
 @gluon.jit
 def _fetch(source, row, head, to, full):
     mbarrier.expect(full, source.block_type.nbytes)
-    tma.async_copy_global_to_shared(source, [row, head, 0], full, to)
+    roles.load(source, [row, head, 0], full, to)
 
 
 @gluon.jit
@@ -118,7 +117,7 @@ def _consume(
     ahead = _squares(squares, (first + SELF) * ROWS, N, PARTS, BP)
     # Both consumers write all of it, the same numbers, and wait for their own alone.
     _write_bias(mask, bias, KEYS)
-    _barrier()
+    roles.barrier()
     inverse = _inverse(ahead, HEADS * D, EPS)
     raw = queries.index(SELF).reshape([ROWS, P])
     for tile in range(first + SELF, last, 2):
@@ -127,7 +126,7 @@ def _consume(
         mbarrier.wait(q_full.index(SELF), phase)
         normal = _normalised(raw, inverse, weight, 0, D)
         # All warps have read.
-        _barrier()
+        roles.barrier()
         mbarrier.arrive(q_empty.index(SELF), count=1)
         # A wait for a parity tells a phase from the one before it only; the other consumer's next arrival comes after this one's.
         mbarrier.wait(turns.index(SELF), phase ^ (1 - SELF))

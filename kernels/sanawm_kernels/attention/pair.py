@@ -18,8 +18,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from sanawm_kernels import roles
 from sanawm_kernels.attention.finish import undivided
 from sanawm_kernels.attention.kernels import LOG2_E
 
@@ -139,7 +140,7 @@ def _fetch(desc, start, head, to, full, empty, stage, phase):
     mbarrier.wait(empty.index(stage), phase ^ 1)
     arrived = full.index(stage)
     mbarrier.expect(arrived, desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [start, head, 0], arrived, to.index(stage))
+    roles.load(desc, [start, head, 0], arrived, to.index(stage))
 
 
 @gluon.jit

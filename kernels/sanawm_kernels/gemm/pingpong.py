@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from sanawm_kernels import roles
 from sanawm_kernels.gemm.pingpong_epilogue import finish
 from sanawm_kernels.tiles import grouped_tile
 
@@ -107,9 +108,9 @@ def _load_steps(
                 arrived = full.index(slot)
                 mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
                 mbarrier.expect(arrived, BYTES)
-                tma.async_copy_global_to_shared(a, [tile_m * BM + tap * TOKENS + BEFORE, part * BK], arrived, a_steps.index(slot))
+                roles.load(a, [tile_m * BM + tap * TOKENS + BEFORE, part * BK], arrived, a_steps.index(slot))
                 # A tap's last block reads on into the next tap, against the zeros that a has there.
-                tma.async_copy_global_to_shared(b, [tile_n * BN, tap * K + part * BK], arrived, b_steps.index(slot))
+                roles.load(b, [tile_n * BN, tap * K + part * BK], arrived, b_steps.index(slot))
                 count += 1
 
 
@@ -136,13 +137,13 @@ def _load_operands(
                 mbarrier.wait(empty.index(slot), (count // RING & 1) ^ 1)
                 mbarrier.expect(arrived, OPERANDS * BM * CW * 2)
                 if ADD:
-                    tma.async_copy_global_to_shared(add, at, arrived, chunks.index(first))
+                    roles.load(add, at, arrived, chunks.index(first))
                 if GATE:
-                    tma.async_copy_global_to_shared(gate, at, arrived, chunks.index(first + ADD))
+                    roles.load(gate, at, arrived, chunks.index(first + ADD))
                 if RESIDUAL:
-                    tma.async_copy_global_to_shared(residual, at, arrived, chunks.index(first + ADD + GATE))
+                    roles.load(residual, at, arrived, chunks.index(first + ADD + GATE))
                 if EXTRA:
-                    tma.async_copy_global_to_shared(extra, at, arrived, chunks.index(first + ADD + GATE + RESIDUAL))
+                    roles.load(extra, at, arrived, chunks.index(first + ADD + GATE + RESIDUAL))
                 count += 1
 
 

@@ -6,8 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-# The barrier of one role's threads has another name from Triton 3.7 on.
-_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+from sanawm_kernels import roles
 
 
 @gluon.jit
@@ -89,7 +88,7 @@ def _finish_slice(
         if AT == 0:
             # The place's previous chunk has left.
             tma.store_wait(RING - 1)
-            _barrier()
+            roles.barrier()
     if ADD:
         acc += _slice(chunks, place, AT, SLICE).load(LAYOUT).to(gl.float32)
     if GATE:
@@ -106,8 +105,8 @@ def _finish_slice(
     _slice(chunks, place, AT, SLICE).store(rounded)
     if AT + SLICE == CW:
         fence_async_shared()
-        _barrier()
-        tma.async_copy_shared_to_global(out, [tile_m * BM, tile_n * BN + FIRST - AT], chunks.index(place))
+        roles.barrier()
+        roles.store(out, [tile_m * BM, tile_n * BN + FIRST - AT], chunks.index(place))
         if OPERANDS > 0:
             # Hand back the chunk before this one, and with the tile's last chunk this one.
             if FIRST >= CW and RING > 1:
