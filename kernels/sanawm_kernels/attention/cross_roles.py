@@ -46,8 +46,8 @@ def cross_attention(
     # What is added to logits: 0, or -inf where there is no key.
     bias = gl.allocate_shared_memory(gl.float32, [BLOCKS, BN], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     held = (queries, keys, values, bias)
-    arrived = (_barriers(2), _barriers(2), _barriers(BLOCKS), _barriers(BLOCKS))
-    turns = _barriers(2)
+    arrived = (roles.barriers(2, 1), roles.barriers(2, 1), roles.barriers(BLOCKS, 1), roles.barriers(BLOCKS, 1))
+    turns = roles.barriers(2, 1)
     fence_async_shared()
     programs = gl.num_programs(0) // HEADS
     head, program = gl.program_id(0) // programs, gl.program_id(0) % programs
@@ -64,14 +64,6 @@ def cross_attention(
         [4, 1],
         [240, 24],
     )
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=1)
-    return barriers
 
 
 @gluon.jit

@@ -65,10 +65,10 @@ def window_pair(
     values = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, 1, P], main_v0.layout)
     blocks = (queries, keys, values)
     bars = (
-        _barriers(CONSUMERS, 1), _barriers(CONSUMERS, 1),
-        _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS), _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS),
+        roles.barriers(CONSUMERS, 1), roles.barriers(CONSUMERS, 1),
+        roles.barriers(STAGES, 1), roles.barriers(STAGES, CONSUMERS), roles.barriers(STAGES, 1), roles.barriers(STAGES, CONSUMERS),
     )  # fmt: skip
-    turns = _barriers(CONSUMERS, 1)
+    turns = roles.barriers(CONSUMERS, 1)
     fence_async_shared()
     sizes = (n0, n1, n2, N, programs)
     scale *= LOG2_E
@@ -94,14 +94,6 @@ def window_pair(
             [4, 4, 1],
             [160, 160, 24],
         )
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=ARRIVALS)
-    return barriers
 
 
 @gluon.jit

@@ -44,10 +44,10 @@ def gemm(
     a_steps = gl.allocate_shared_memory(a.dtype, [STAGES, BM, BK], a.layout)
     b_steps = gl.allocate_shared_memory(b.dtype, [STAGES, BN, BK], b.layout)
     chunks = gl.allocate_shared_memory(out.dtype, [RING * (OPERANDS if OPERANDS > 0 else 2), BM, CW], out.layout)
-    steps = (a_steps, b_steps, _barriers(STAGES), _barriers(STAGES))
-    ring = (chunks, _barriers(RING), _barriers(RING))
+    steps = (a_steps, b_steps, roles.barriers(STAGES, 1), roles.barriers(STAGES, 1))
+    ring = (chunks, roles.barriers(RING, 1), roles.barriers(RING, 1))
     # Whose turn it is, of the consumers 0 and 1: with the products, and with the operands.
-    turns = (_barriers(2), _barriers(2))
+    turns = (roles.barriers(2, 1), roles.barriers(2, 1))
     values = (a_scale, b_scale, bias, frame_gate, frame_gate_row, squares)
     fence_async_shared()
     gl.warp_specialize(
@@ -66,14 +66,6 @@ def gemm(
         [4, 1, 1],
         [240, 24, 24],
     )  # fmt: skip
-
-
-@gluon.jit
-def _barriers(COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(i), count=1)
-    return barriers
 
 
 @gluon.jit
