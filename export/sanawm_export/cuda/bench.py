@@ -28,6 +28,8 @@ from sanawm_runtime.state import DecoderState, StreamState
 ENCODERS = ("text_encoder", "image_encoder")
 # Repetitions of what happens once a clip.
 RUNS = 5
+# Units of a camera's move in a latent frame, and latent frames to its turning point: far away its logits differ by hundreds (`pair.HEADROOM`).
+STRIDE, WALK = 0.1, 120
 # Chunks after which every graph is recorded: a stream alternates two sets of state.
 WARM = 4
 
@@ -255,11 +257,11 @@ class Clip:
         return {spec.name: self.engine.allocate(spec) for spec in specs}
 
     def inputs(self, chunk: Chunk) -> dict[str, NDArray]:
-        """Random latents and maps of a chunk, on a camera that moves ahead."""
+        """Random latents and maps of a chunk, on a camera that moves ahead for a minute of video, back for the next, and so on."""
         world = self.geometry.config
         poses = np.zeros((1, chunk.frames, 20), np.float32)
         poses[0, :, :16] = np.eye(4, dtype=np.float32).reshape(-1)
-        poses[0, :, 11] = 0.1 * np.arange(chunk.start, chunk.end)
+        poses[0, :, 11] = STRIDE * (WALK - np.abs(np.arange(chunk.start, chunk.end) % (2 * WALK) - WALK))
         poses[0, :, 16:] = world.dit.width, world.dit.width, world.dit.width / 2, world.dit.height / 2
         cos, sin = rope_time(np.arange(chunk.start, chunk.end), world.dit)
         shapes = {spec.name: spec.shape for spec in self._written(chunk.kind)}
