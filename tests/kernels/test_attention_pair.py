@@ -167,10 +167,10 @@ def test_the_camera_branch_is_quantized(kind: str, keep: bool) -> None:
 
 
 def test_parts_of_a_plan_and_of_a_launch_are_the_same() -> None:
-    """At the official size 24 of 420 tiles a branch are divided among 66 programs."""
+    """At the official size 16 of 280 tiles a branch are divided among 66 programs, each into four."""
     tile = table.pair_tile(90)
     shapes = plans.pair_scratch(2640, 20, 112, tile, 66)
-    assert shapes["parts"] == ((2, 24, 2, 128, 112), "float32")
+    assert shapes["parts"] == ((2, 16, 4, 192, 112), "float32")
     variant = plans.window_pair(20, 112, 3, tile)
     assert variant.launch_grid({"programs": 66}) == (132, 1, 1)
     assert plans.finish_pair(20, 112, 3, tile).launch_grid({"N": 2640}) == (83, 20, 2)
