@@ -122,6 +122,8 @@ def main() -> None:
         from sanawm_runtime.bundle.manifest import utc_now
 
         recipe = found["recipe"]
+        # Where the videos were is of no interest: they are removed again.
+        clips = [{**report, "outputs": [Path(output).name for output in report["outputs"]]} for report in reports]
         rows = [
             row(f"engine.clip.{options.frames}f.{recipe}", "wall", [r["total_s"] for r in reports], None,
                 "picture, prompt and camera path to a finished mp4 (libx264), without the refiner; warm engine, a prompt not seen before"),
@@ -130,7 +132,7 @@ def main() -> None:
         ]  # fmt: skip
         write(options.output, {
             "hardware": found["hardware"], "driver": found["driver"], "versions": versions(), "commit": commit(), "date": utc_now()[:10],
-            "notes": "random weights in files", "rows": rows, "clips": reports, "starts": starts, "memory": found["memory"],
+            "notes": "random weights in files", "rows": rows, "clips": clips, "starts": starts, "memory": found["memory"],
         })  # fmt: skip
 
 

@@ -97,8 +97,7 @@ class Operands:
         def call() -> Tensor:
             out = torch.empty(sizes, dtype=torch.uint8 if s.mode == "pixels" else torch.bfloat16, device="cuda")
             to = torch.empty(tile.splits, *sizes, device="cuda") if tile.splits > 1 else out
-            arguments = {name: value for name, value in {**given, "out": to}.items() if name in variant.signature}
-            launch(variant, arguments, SMS=MULTIPROCESSORS[TARGET])
+            launch(variant, {**given, "out": to}, SMS=MULTIPROCESSORS[TARGET])
             if tile.splits > 1:
                 added = {} if self.skip is None else {"residual": self.skip}
                 launch(plans.summed("bf16", s.rows, N, tile.splits, bool(added)), {"parts": to, "bias": self.bias, "out": out, **added})

@@ -20,3 +20,9 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for i in gl.static_range(COUNT):
         mbarrier.init(made.index(i), count=ARRIVALS)
     return made
+
+
+@gluon.jit
+def thread_sums(x):
+    """Of a product's result (R, columns) what a thread has of each row's sum, (R, 4): the sum over threads can wait until the last block."""
+    return gl.sum(gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]), 3), 1)

@@ -22,6 +22,8 @@ from sanawm_kernels.attention.kernels import LOG2_E
 # Queries of a tile, which are the rows of one instruction, and channels of a block, of which those from a head's width on are zeros.
 ROWS = gl.constexpr(64)
 P = gl.constexpr(128)
+# Layout of the queries in registers, as the left operand of products.
+OPERAND = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16]), 2))
 
 
 @gluon.jit
@@ -144,9 +146,9 @@ def _consume(
             logit = biased[block]  # type: ignore[var-annotated]
             p = gl.exp2(logit - gl.convert_layout(largest, gl.SliceLayout(1, logit.type.layout), assert_trivial=True)[:, None])
             if block == 0:
-                total = _sums(p)
+                total = roles.thread_sums(p)
             else:
-                total += gl.convert_layout(_sums(p), total.type.layout, assert_trivial=True)
+                total += gl.convert_layout(roles.thread_sums(p), total.type.layout, assert_trivial=True)
             p = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, OUT, 2), assert_trivial=True)
             mbarrier.wait(v_full.index(block), 0)
             acc = warpgroup_mma(p, _block(values, block, p.shape[1]), acc, use_acc=block > 0, is_async=True)
@@ -207,17 +209,11 @@ def _width(left):
     return 64 if left >= 64 else 32 if left >= 32 else 16
 
 
-@gluon.constexpr_function
-def _operand(width):
-    """Layout of a product's left operand in registers."""
-    return gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16]), 2)
-
-
 @gluon.jit
 def _weights(q_norm, FIRST: gl.constexpr, D: gl.constexpr):
     """Weights of a head's channels from FIRST on, a tuple of parts."""
     WIDTH: gl.constexpr = _width(D - FIRST)
-    channel = gl.arange(0, WIDTH, gl.SliceLayout(0, _operand(P)))
+    channel = gl.arange(0, WIDTH, gl.SliceLayout(0, OPERAND))
     parts = (gl.load(q_norm + FIRST + channel),)
     if FIRST + WIDTH < D:
         parts += _weights(q_norm, FIRST + WIDTH, D)
@@ -228,7 +224,7 @@ def _weights(q_norm, FIRST: gl.constexpr, D: gl.constexpr):
 def _normalised(raw, inverse, weight, FIRST: gl.constexpr, D: gl.constexpr):
     """Queries to multiply, a tuple of parts."""
     WIDTH: gl.constexpr = _width(D - FIRST)
-    LAYOUT: gl.constexpr = _operand(P)
+    LAYOUT: gl.constexpr = OPERAND
     value = raw.slice(FIRST, WIDTH, dim=1).load(LAYOUT).to(gl.float32)
     value *= gl.convert_layout(inverse, gl.SliceLayout(1, LAYOUT), assert_trivial=True)[:, None]
     parts = ((value * weight[0].to(gl.float32)[None, :]).to(gl.bfloat16),)
@@ -256,12 +252,6 @@ def _logits(normal, keys, acc, FIRST: gl.constexpr, D: gl.constexpr):
 def _largest(x):
     """What a thread has of each row's maximum, (64, 4)."""
     return gl.max(gl.max(x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _sums(x):
-    """What a thread has of each row's sum, (64, 4)."""
-    return gl.sum(gl.sum(x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit

@@ -201,13 +201,6 @@ def _logits(q, k, D: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _row_sums(p):
-    """Sums of the columns that a thread holds, (64, 4): the rest waits until the end."""
-    EIGHTS: gl.constexpr = p.shape[1] // 8
-    return gl.sum(gl.sum(p.reshape([ROWS, EIGHTS, 4, 2]), 3), 1)
-
-
-@gluon.jit
 def _within(s, start, n, LAYOUT: gl.constexpr):
     """Logits of a block of keys from `start` on, -inf past the segment's n keys."""
     BN: gl.constexpr = s.shape[1]
@@ -240,7 +233,7 @@ def _step(
     if MASKED:
         s = _within(s, start, n, LOGITS)
     made = gl.exp2(s * scale - m[:, None])
-    total += _row_sums(made)
+    total += roles.thread_sums(made)
     p = gl.convert_layout(made.to(gl.bfloat16), p.type.layout)
     if TIE:
         # Returns at once. Its branch keeps the compiler from moving the exponentials behind the wait for the product.
@@ -280,7 +273,7 @@ def _consume(
         m = gl.max(s, 1) * scale + HEADROOM
         # Only the first part counts the block that all parts need for the maximum.
         made = gl.where(part > 0, 0.0, gl.exp2(s * scale - m[:, None]))
-        total = _row_sums(made)
+        total = roles.thread_sums(made)
         p = gl.convert_layout(made.to(gl.bfloat16), gl.DotOperandLayout(0, OUT, 2))
         acc = gl.zeros([ROWS, P], gl.float32, OUT)
         count += 1

@@ -212,7 +212,7 @@ def _pingpong(
         name=f"{name}{_suffix(config)}",
         kernel=f"{MODULES[config.form]}:gemm",
         signature=signature,
-        constexprs={name: None for name in absent if not name.endswith("_row") or name == "frame_gate_row"} | {
+        constexprs=absent | {
             "N": columns, "K": depth, "TAPS": taps, "TAIL": tail, "TOKENS": tokens, "BM": config.rows, "BN": config.columns, "BK": config.depth,
             "CW": config.chunk, "GROUP": config.group, "STAGES": config.stages, "RING": config.ring, "SLICE": config.columns // config.slices,
             "A_ROWS": a.row_scales, "B_ROWS": b.row_scales, "SILU": finish.silu,
