@@ -97,25 +97,26 @@ def _temporal(kind: str) -> Case:
             return x if kind == "bf16" else quantize_fp8(x, scale) if kind == "fp8" else quantize_nvfp4(x, scale)
 
         s, before = rand(1, M, C), rand(1, S, C)
-        weight, codes, tail = operand(rand(C, 3 * C), kind), coded(s), coded(before)
+        weight, codes = operand(rand(C, 3 * C), kind), coded(s)
         if kind == "nvfp4":
             weight = quantize_nvfp4(rand(C, 3 * C))
+        carried = fused.carried_products(coded(before), weight, torch.bfloat16)
         epilogue = Epilogue(add=s, residual=rand(1, M, C), frame_gate=rand(1, T, C), dtype=torch.bfloat16)
         peers: dict[str, Callable[[], Any]] = {}
         if kind == "bf16":
             shifted = torch.cat((torch.cat((before, s[:, :-S]), 1), s, torch.cat((s[:, S:], torch.zeros_like(before)), 1)), -1)
             peers = {
                 "cublaslt, views built": lambda: cublaslt.linear(shifted, weight, epilogue),
-                "torch": lambda: naive.temporal_conv(s, weight, T, before, epilogue),
+                "torch": lambda: naive.temporal_conv(s, weight, T, carried, epilogue),
             }
-        return lambda: fused.temporal_conv(codes, weight, T, tail, epilogue), peers
+        return lambda: fused.temporal_conv(codes, weight, T, carried, epilogue), peers
 
-    traffic = BYTES[kind] * (M * C + S * C + 3 * C * C) + 2 * M * C * 3
+    traffic = BYTES[kind] * (M * C + 3 * C * C) + 2 * (M * C * 3 + S * C)
     return Case(
         f"gemm.temporal.{kind}",
         prepare,
         int(traffic),
-        arithmetic(kind, 6 * M * C * C),
+        arithmetic(kind, (6 * M - 4 * S) * C * C),
         "bf16" if kind == "bf16" else "fp8",
         "convolution, residuals, gate",
         NEEDS[kind],

@@ -41,24 +41,23 @@ def operands(variant: KernelVariant, rows: int, random: torch.Generator, device:
     """Arguments of a product or a temporal convolution of `rows` tokens; outputs are NaN."""
     c = variant.constexprs
     columns, depth = c["N"], c.get("K", c.get("C"))
-    taps, tokens = (3, c["FRAME"]) if "FRAME" in c else (1, c["TOKENS"])
+    taps, tokens = (3, c["FRAME"]) if "FRAME" in c else (c["PITCH"] // depth, c["TOKENS"])
+    read = taps * depth if "FRAME" in c else depth
 
     def normal(count: int, width: int) -> Tensor:
         x = torch.randn(count, width, generator=random)
         x[:, ::97] *= 30
         return x
 
-    def coded(x: Tensor, scale: Tensor | None = None) -> Nvfp4Tensor:
-        found = quantize_nvfp4(x, scale)
+    def coded(x: Tensor) -> Nvfp4Tensor:
+        found = quantize_nvfp4(x)
         return Nvfp4Tensor(found.packed.to(device), found.scales.to(device), found.global_scale.to(device).reshape(1), found.layout)
 
     a = coded(normal(rows, depth))
     b = coded(normal(columns, taps * depth) / (taps * depth) ** 0.5)
-    given: dict[str, Any] = {"a": a.packed, "a_scales": a.scales, "a_scale": a.global_scale, "b": b.packed, "b_scales": b.scales, "b_scale": b.global_scale}
-    if "tail" in variant.signature:
-        tail = coded(normal(tokens, depth), a.global_scale.cpu().reshape(()))
-        given |= {"tail": tail.packed, "tail_scales": tail.scales}
-    shapes = {"bias": (columns,), "frame_gate": (-(-rows // tokens), columns)}
+    given: dict[str, Any] = {"a": a.packed, "a_scales": a.scales, "a_scale": a.global_scale, "b_scale": b.global_scale}
+    given |= {"b": b.packed[:, : read // 2], "b_scales": b.scales[:, : read // 16]}
+    shapes = {"bias": (columns,), "carried": (tokens, columns), "frame_gate": (-(-rows // tokens), columns)}
     for name, kind in variant.signature.items():
         if name.endswith("_row"):
             given[name] = given[name.removesuffix("_row")].stride(0)

@@ -131,15 +131,15 @@ def quantizing(formats: Formats, target: int) -> dict[int, set[str]]:
 
 def test_kernels_quantize_for_the_next_product_where_they_can() -> None:
     """With one scale the producing kernels quantize; row by row the products' inputs need launches of their own."""
-    # The state of the chunk before is bfloat16, and the gated delta network hands its rows on unquantized.
-    assert quantizing(calibrated("fp8"), 90) == {0: {"out_cam.quantize", "temporal.tail.quantize"}, 3: {"temporal.tail.quantize"}}
+    # The gated delta network hands its rows on unquantized.
+    assert quantizing(calibrated("fp8"), 90) == {0: {"out_cam.quantize"}, 3: set()}
     # Two formats read the modulated rows: modulation writes one.
     guarded = quantizing(calibrated("nvfp4-guarded"), 120)
-    assert guarded == {0: {"merged.1.quantize", "out_cam.quantize", "temporal.tail.quantize"}, 3: {"merged.1.quantize", "temporal.tail.quantize"}}
+    assert guarded == {0: {"merged.1.quantize", "out_cam.quantize"}, 3: {"merged.1.quantize"}}
     by_row = {"out_cam.quantize", "proj.quantize", "cross.q.quantize", "cross.proj.quantize", "point.quantize"}
     assert quantizing(formats_for(tiny_config().dit, "fp8"), 90) == {0: by_row, 3: by_row}
     for kinds in quantizing(formats_for(tiny_config().dit, "nvfp4"), 120).values():
-        assert kinds == {"out_cam.quantize", "temporal.tail.quantize"}
+        assert kinds == {"out_cam.quantize"}
 
 
 @pytest.mark.parametrize("precision", [*PRECISIONS, "nvfp4-guarded", "nvfp4-official"])

@@ -119,9 +119,13 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Axes]] = {
         "operands": [(BF16, BF16), (FP8, FP8), (FP8, ROWS), (ROWS, ROWS), (FP4, FP4), (SWIZZLED, SWIZZLED)], "columns": [64, 96], "depth": [64, 128],
         "tokens": [4, 6], "finish": FINISHES, "config": [CONFIG],
     }),
+    "first tap": (lambda operands, **rest: gemm.gemm(*operands, **rest), {
+        "operands": [(BF16, BF16), (FP8, FP8), (FP8, ROWS), (FP4, FP4)], "columns": [64, 96], "depth": [64, 128], "tokens": [4],
+        "finish": FINISHES[:1], "config": [CONFIG], "pitch": [None, 192, 384],
+    }),
     "temporal": (lambda operands, **rest: gemm.temporal_conv(*operands, **rest), {
         "operands": [(BF16, BF16), (FP8, FP8), (FP8, ROWS), (FP4, FP4)], "columns": [64, 96], "channels": [64, 128], "frame": [4, 6],
-        "batch": [12, 24], "tail": [True, False], "finish": FINISHES[5:6] + FINISHES[7:10], "config": [CONFIG],
+        "batch": [12, 24], "carried": [True, False], "finish": FINISHES[5:6] + FINISHES[7:10], "config": [CONFIG],
     }),
     "epilogue": (gemm.epilogue, {"columns": [64, 96], "tokens": [4, 6], "kind": ["bf16", "fp32"], "finish": FINISHES}),
     "transpose": (chunk.transpose, {"kind": ["bf16", "fp32"], "out": ["bf16", "fp32"]}),

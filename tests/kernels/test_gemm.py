@@ -122,13 +122,13 @@ def test_descriptors(name: str) -> None:
 
 
 @pytest.mark.parametrize("C", [32, 48, 16])
-@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("later", [True, False])
 @pytest.mark.parametrize("frames", [3, 1])
-def test_temporal_conv_with_descriptors(C: int, tail: bool, frames: int) -> None:
-    """Tiles that begin in the tail, span frames, and end in the last frame, whose last tap is left out."""
+def test_temporal_conv_with_descriptors(C: int, later: bool, frames: int) -> None:
+    """Tiles that begin in the first frame, whose first tap is left out, span frames, and end in the last one, whose last tap is left out."""
     N = 40
     s, weight = strided(1, frames * S, C), rand(N, 3 * C)
-    before = strided(1, S, C, seed=7) if tail else None
+    before = strided(1, S, N, seed=7) if later else None
     epilogue = Epilogue(add=rand(1, frames * S, N), frame_gate=rand(1, frames, N), residual=strided(1, frames * S, N))
     config = Config(16, 32, 32, group=2, warps=4, stages=1, slices=2, persistent=2, form="descriptors")
     actual = fused.temporal_conv(s, weight, frames, before, epilogue, config=config)
@@ -138,16 +138,27 @@ def test_temporal_conv_with_descriptors(C: int, tail: bool, frames: int) -> None
 
 # A tile holds rows of several frames and batches; channels under, at and over the tile's depth.
 @pytest.mark.parametrize("C", [32, 48, 16])
-@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("later", [True, False])
 @pytest.mark.parametrize("frames", [3, 1])
-def test_temporal_conv(C: int, tail: bool, frames: int) -> None:
+def test_temporal_conv(C: int, later: bool, frames: int) -> None:
     N = 40
     s, weight = strided(B, frames * S, C), rand(N, 3 * C)
-    before = strided(B, S, C, seed=7) if tail else None
+    before = strided(B, S, N, seed=7) if later else None
     epilogue = Epilogue(add=rand(B, frames * S, N), frame_gate=rand(B, frames, N), residual=strided(B, frames * S, N))
     actual = fused.temporal_conv(s, weight, frames, before, epilogue)
     wanted = naive.temporal_conv(s.double(), weight.double(), frames, None if before is None else before.double(), wide(epilogue))
     close(actual, wanted, 200)
+
+
+def test_carried_products() -> None:
+    """They are what a chunk's first frame gets from the frame before it: two chunks give what one does."""
+    C, N = 32, 40
+    s, weight = rand(B, TOKENS, C), rand(N, 3 * C)
+    carried = fused.carried_products(s[:, S : 2 * S].contiguous(), weight, torch.float32)
+    rest = fused.temporal_conv(s[:, 2 * S :].contiguous(), weight, T - 2, carried).plain
+    whole = naive.temporal_conv(s.double(), weight.double(), T).plain
+    assert rest is not None and whole is not None and T > 2
+    close(Product(rest, None, None), Product(whole[:, 2 * S :], None, None), 200)
 
 
 def test_temporal_conv_is_a_convolution() -> None:
@@ -180,6 +191,12 @@ def test_wrong_inputs_are_refused() -> None:
         fused.temporal_conv(x, weight, 2)
     with pytest.raises(ValueError, match="add, frame_gate, residual"):
         fused.temporal_conv(x, rand(16, 96), 2, None, Epilogue(bias=rand(16)))
+    with pytest.raises(ValueError, match="three taps|3K"):
+        fused.carried_products(x, weight, torch.float32)
+    with pytest.raises(ValueError, match="carried: expected shape"):
+        fused.temporal_conv(x, rand(16, 96), 2, rand(1, 4, 32))
+    with pytest.raises(ValueError, match="carried: expected the output's dtype"):
+        fused.temporal_conv(x, rand(16, 96), 2, rand(1, 4, 16).half())
     with pytest.raises(ValueError, match="multiples of 16 bytes"):
         fused.temporal_conv(rand(1, 8, 33)[..., 1:], rand(16, 96), 2)
     with pytest.raises(ValueError, match="backend"):

@@ -107,12 +107,18 @@ def test_temporal_conv(kind: str, first: bool) -> None:
         return x if kind == "bf16" else quantize_fp8(x, scale) if kind == "fp8" else quantize_nvfp4(x, scale)
 
     s, weight = rand(1, N, C), operand(rand(C, 3 * C))
-    codes, tail = operand(s), None if first else operand(rand(1, S, C, seed=1))
+    codes, carried = operand(s), None
+    if not first:
+        before = operand(rand(1, S, C, seed=1))
+        carried = interface.carried_products(before, weight, torch.bfloat16)
+        exact = naive.carried_products(before, weight, torch.float64)
+        first = Fp8Tensor(weight.values[:, :C], weight.scale) if isinstance(weight, Fp8Tensor) else weight
+        close(carried, exact, SUMS[kind], magnitudes(naive.linear, before, first, gate=torch.ones(1, 1, C, device="cuda")))
     residual, gate = rand(1, N, C), rand(1, T, C)
-    out = interface.temporal_conv(codes, weight, T, tail, Epilogue(add=s, residual=residual, frame_gate=gate, dtype=torch.bfloat16)).plain
+    out = interface.temporal_conv(codes, weight, T, carried, Epilogue(add=s, residual=residual, frame_gate=gate, dtype=torch.bfloat16)).plain
     wide = Epilogue(add=s.double(), residual=residual.double(), frame_gate=gate.double(), dtype=torch.float64)
-    size = magnitudes(naive.temporal_conv, codes, weight, T, tail, gate=gate)
-    close(out, naive.temporal_conv(codes, weight, T, tail, wide).plain, SUMS[kind], size)
+    size = magnitudes(naive.temporal_conv, codes, weight, T, None if carried is None else carried.abs(), gate=gate)
+    close(out, naive.temporal_conv(codes, weight, T, carried, wide).plain, SUMS[kind], size)
 
 
 def test_rows() -> None:

@@ -98,11 +98,11 @@ def _gdn_state(old: dict[str, View] | None, new: dict[str, View] | None) -> dict
 
 
 def softmax_attention(
-    ctx: Context, block: str, merged: Merged, camera: dict[str, View], past: Past, new: dict[str, View] | None
+    ctx: Context, block: str, merged: Merged, camera: dict[str, View], past: Past, new: dict[str, View] | None, wanted: int
 ) -> tuple[View, Rows]:
-    """Both branches of softmax attention over the window, (main, camera) (M, C) each; keys and values of a committed chunk go to `new`.
+    """Both branches of softmax attention of the last `wanted` tokens over the window, (main, camera) (wanted, C) each.
 
-    The camera branch is quantized for its output projection where a tile can do that.
+    Keys and values of a committed chunk go to `new`. The camera branch is quantized for its output projection where a tile can do that.
     """
     c, tape = ctx.config, ctx.tape
     M, H, D = merged.rows, c.heads, c.head_dim
@@ -134,10 +134,12 @@ def softmax_attention(
     tape.launch("ucpe", variant, bindings, ("q_out", "k_out", "v_out"))
     windows = [(p["k"], p["v"]) for p in past.chunks] + [(turned["k"], v)]
     cam_windows = [(p["cam_k"], p["cam_v"]) for p in past.chunks] + [(turned["cam_k"], turned["cam_v"])]
+    q, cam_q = turned["q"].last(wanted), turned["cam_q"].last(wanted)
+    camera = {name: camera[name].last(wanted, axis) for name, axis in (("rays", 1), ("cam_cos", 0), ("cam_sin", 0))}
     if paired(ctx.target, ctx.kind):
-        return _pair(ctx, turned["q"], windows, turned["cam_q"], cam_windows, camera, f"{block}.out_cam")
-    main = _window(ctx, "main", turned["q"], windows, c.main_scale).values
-    return main, _window(ctx, "camera", turned["cam_q"], cam_windows, c.camera_scale, camera, f"{block}.out_cam")
+        return _pair(ctx, q, windows, cam_q, cam_windows, camera, f"{block}.out_cam")
+    main = _window(ctx, "main", q, windows, c.main_scale).values
+    return main, _window(ctx, "camera", cam_q, cam_windows, c.camera_scale, camera, f"{block}.out_cam")
 
 
 def _pair(

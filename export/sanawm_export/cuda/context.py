@@ -24,6 +24,11 @@ class Rows:
     scales: View | None = None
     scale: View | None = None
 
+    def last(self, size: int) -> Rows:
+        """The last `size` rows."""
+        plain, codes, scales = (None if view is None else view.last(size) for view in (self.plain, self.codes, self.scales))
+        return Rows(plain, self.quant, codes, scales, self.scale)
+
     @property
     def values(self) -> View:
         """The plain tensor; ValueError where only the quantized one is kept."""

@@ -200,13 +200,10 @@ def temporal_conv(a: Arguments, c: Arguments) -> None:
     x = _dequantized(a["a"], a, "a", c)
     weight = _dequantized(a["b"], a, "b", c)
     S, zero = c["FRAME"], torch.zeros_like(x[: c["FRAME"]])
-    before = zero
-    if c.get("TAIL"):
-        before, x = x[:S], x[S:]
-    if "tail" in a:
-        before = _dequantized(a["tail"], {**a, "a_scales": a.get("tail_scales")}, "a", c)
-    shifted = torch.cat((torch.cat((before, x[:-S])), x, torch.cat((x[S:], zero))), 1)
-    _finish(shifted @ weight.t(), a, c)
+    product = torch.cat((torch.cat((zero, x[:-S])), x, torch.cat((x[S:], zero))), 1) @ weight.t()
+    if "carried" in a:
+        product[:S] += wide(a["carried"])
+    _finish(product, a, c)
 
 
 def pingpong(a: Arguments, c: Arguments) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sanawm.programs import Program
 from sanawm_export.cuda.attention import Past, cross_attention, gdn_attention, softmax_attention
 from sanawm_export.cuda.context import Context, Rows
-from sanawm_export.cuda.products import product, temporal_head, temporal_product
+from sanawm_export.cuda.products import as_operand, product, temporal_product
 from sanawm_export.cuda.projections import project
 from sanawm_export.cuda.tape import Lowered, Tape, row_stride
 from sanawm_export.cuda.tokens import depthwise_glu, modulate
@@ -107,18 +107,25 @@ def _block(
     ctx: Context, i: int, x: View, T: int, modulation: Modulation, camera: dict[str, View], text: tuple[View, View, View], past: Past,
     new: dict[str, View] | None, last: bool,
 ) -> View:  # fmt: skip
-    """One block on the residual stream x (M, C); in the clean pass the last block stops at its FFN's spatial output."""
+    """One block on the residual stream x (M, C).
+
+    In the clean pass nothing reads the last block's output but the next chunk, which needs what its last frame carries on: after the attention's keys,
+    values and states the block is computed for that frame alone, and stops before its temporal convolution.
+    """
     c, name = ctx.config, f"blocks.{i}"
     S, M = c.tokens_per_frame, x.shape[0]
     shift1, scale1, gate1, shift2, scale2, gate2 = (modulation.part(6 * i + j) for j in range(6))
-    softmax = c.is_softmax(i)
     u, merged = project(ctx, i, x, shift1, scale1)
-    if softmax:
-        main, cam = softmax_attention(ctx, name, merged, camera, past, new)
+    wanted = S if last else M
+    if c.is_softmax(i):
+        main, cam = softmax_attention(ctx, name, merged, camera, past, new, wanted)
     else:
         main, cam = gdn_attention(ctx, name, u, merged, camera, T, past, new)
-    gated = product(ctx, "out_cam", f"{name}.out_cam", cam, add=main, gate=merged.part(6), quantize_for=f"{name}.proj", keep=False)
-    plucker = ctx.tape.input(f"plucker.{i}").reshape(M, c.hidden)
+        main, cam = main.last(wanted), cam.last(wanted)
+    x, gate = x.last(wanted), merged.part(6).last(wanted)
+    plucker = ctx.tape.input(f"plucker.{i}").reshape(M, c.hidden).last(wanted)
+    gate1, shift2, scale2 = (rows.last(wanted // S) for rows in (gate1, shift2, scale2))
+    gated = product(ctx, "out_cam", f"{name}.out_cam", cam, add=main, gate=gate, quantize_for=f"{name}.proj", keep=False)
     stream = product(
         ctx, "proj", f"{name}.proj", gated, frame_gate=gate1, tokens=S, residual=x, extra=plucker, quantize_for=f"{name}.cross_q"
     )
@@ -126,12 +133,13 @@ def _block(
     x = product(ctx, "cross.proj", f"{name}.cross_proj", attended, residual=stream.values).values
     u = modulate(ctx, "modulate2", x, shift2, scale2, f"{name}.inverted")
     inner = product(ctx, "inverted", f"{name}.inverted", u, silu=True).values
-    mixed = depthwise_glu(ctx, "depthwise", inner, name, T, f"{name}.point")
-    tail = Rows(past.last["ffn_tail"].reshape(S, c.hidden)) if past.last and not last else None
-    head = temporal_head(ctx, f"{name}.temporal", c.hidden, S) if tail is not None else 0
-    spatial = product(ctx, "point", f"{name}.point", mixed, quantize_for=None if last else f"{name}.temporal", head=head)
+    mixed = depthwise_glu(ctx, "depthwise", inner, name, wanted // S, f"{name}.point")
+    spatial = product(ctx, "point", f"{name}.point", mixed, quantize_for=f"{name}.temporal")
+    shifted = as_operand(ctx, "temporal", spatial, f"{name}.temporal")
     if new is not None:
-        ctx.tape.copy("ffn_tail", spatial.values.narrow(0, (T - 1) * S, S), new["ffn_tail"].reshape(S, c.hidden))
+        # The next chunk adds what its first frame gets from this last one: a product that is the same in all of its steps.
+        product(ctx, "carried", f"{name}.temporal", shifted.last(S), taps=3, out=new["ffn_tail"].reshape(S, c.hidden))
     if last:
         return spatial.values
-    return temporal_product(ctx, "temporal", f"{name}.temporal", spatial, tail, S, add=spatial.values, frame_gate=gate2, residual=x)
+    carried = past.last["ffn_tail"].reshape(S, c.hidden) if past.last else None
+    return temporal_product(ctx, "temporal", f"{name}.temporal", shifted, carried, S, add=spatial.values, frame_gate=gate2, residual=x)

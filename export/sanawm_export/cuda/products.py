@@ -22,21 +22,15 @@ def operand_of(quant: str | None, kind: str) -> Operand:
     return {None: Operand(kind), "fp8": Operand("fp8"), "fp8_rows": Operand("fp8", row_scales=True), "nvfp4": Operand("nvfp4")}[quant]
 
 
-def quantized_rows(
-    ctx: Context, name: str, M: int, K: int, product: str, head: int = 0, codes: View | None = None
-) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
-    """Tensors for rows quantized as `product` takes them, the kernel arguments that fill them, and the plan's parameters.
-
-    `head` leaves room for that many rows before the codes; given `codes` are filled instead of new ones.
-    """
+def quantized_rows(ctx: Context, name: str, M: int, K: int, product: str) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
+    """Tensors for rows quantized as `product` takes them, the kernel arguments that fill them, and the plan's parameters."""
     layout = ctx.weights.formats.of(product)
     quant = layout.quant
     if quant is None:
         return Rows(None), {}, {"quant": None}
     native = {"quant": quant, "native": ctx.target >= NATIVE_FP4}
-    if codes is None:
-        width, dtype = (K // 2, "uint8") if quant == "nvfp4" else (K, "float8_e4m3fn")
-        codes = ctx.tensor(f"{name}.codes", head + M, width, dtype=dtype).narrow(0, head, M)
+    width, dtype = (K // 2, "uint8") if quant == "nvfp4" else (K, "float8_e4m3fn")
+    codes = ctx.tensor(f"{name}.codes", M, width, dtype=dtype)
     scales = scale = None
     if quant == "fp8_rows":
         scales = ctx.tensor(f"{name}.scales", M, dtype="float32")
@@ -47,10 +41,10 @@ def quantized_rows(
     return Rows(None, quant, codes, scales, scale), {"codes": codes, "scales": scales, "quant_scale": scale}, native
 
 
-def quantize(ctx: Context, label: str, x: View, product: str, head: int = 0, codes: View | None = None) -> Rows:
-    """Rows in the form that `product` takes: as they are, or with a launch that quantizes them; see `quantized_rows`."""
+def quantize(ctx: Context, label: str, x: View, product: str) -> Rows:
+    """Rows in the form that `product` takes: as they are, or with a launch that quantizes them."""
     M, K = x.shape
-    done, arguments, parameters = quantized_rows(ctx, f"{label}.input", M, K, product, head, codes)
+    done, arguments, parameters = quantized_rows(ctx, f"{label}.input", M, K, product)
     if done.quant is None:
         return Rows(x)
     variant = rows.update_rows(ctx.kind, K, M, keep=False, **parameters)
@@ -58,11 +52,11 @@ def quantize(ctx: Context, label: str, x: View, product: str, head: int = 0, cod
     return Rows(x, done.quant, done.codes, done.scales, done.scale)
 
 
-def as_operand(ctx: Context, label: str, x: Rows, product: str, head: int = 0) -> Rows:
+def as_operand(ctx: Context, label: str, x: Rows, product: str) -> Rows:
     """`x` in the form that `product` takes, quantized by a launch of its own where the kernel before could not."""
     if ctx.weights.formats.of(product).quant == x.quant:
         return x
-    return quantize(ctx, label, x.values, product, head)
+    return quantize(ctx, label, x.values, product)
 
 
 class Forms:
@@ -93,11 +87,12 @@ def _a_arguments(x: Rows) -> dict[str, Any]:
     return {"a": x.codes, "a_row": row_stride(x.codes), "a_scales": blocks, "a_scale": x.scales if x.quant == "fp8_rows" else x.scale}
 
 
-def _b_arguments(ctx: Context, name: str, rows_of: slice | None) -> dict[str, Any]:
-    """Weight operands of a product, or of some of its rows."""
+def _b_arguments(ctx: Context, name: str, rows_of: slice | None, taps: int = 1) -> dict[str, Any]:
+    """Weight operands of a product, or of some of its rows, or of the first of the `taps` in each row."""
 
     def part(view: View) -> View:
-        return view if rows_of is None else view.narrow(0, rows_of.start, rows_of.stop - rows_of.start)
+        view = view if rows_of is None else view.narrow(0, rows_of.start, rows_of.stop - rows_of.start)
+        return view if taps == 1 or len(view.shape) == 1 else view.narrow(1, 0, view.shape[1] // taps)
 
     layout = ctx.weights.formats.of(name)
     if layout.kind == "plain":
@@ -141,25 +136,25 @@ def product(
     quantize_for: str | None = None,
     keep: bool = True,
     tokens: int = 1,
-    head: int = 0,
+    taps: int = 1,
     **operands: View,
 ) -> Rows:
     """x @ weight^T with the weight `name`, its bias if it has one, and an epilogue.
 
     `operands` are the epilogue's (add, gate, frame_gate, residual, extra), (M, columns) each or (frames, columns) for frame_gate, whose rows
     serve `tokens` rows. `quantize_for` names the product that reads the result next: where a tile can, the epilogue quantizes for it, and with
-    `keep` false stores nothing else. `rows_of` takes some of the weight's rows. `head` leaves room for that many rows before the result.
+    `keep` false stores nothing else. `rows_of` takes some of the weight's rows, and where these hold several `taps` the product is with the first.
     """
     x = as_operand(ctx, label, x, name)
-    b = _b_arguments(ctx, name, rows_of)
+    b = _b_arguments(ctx, name, rows_of, taps)
     M, columns = (x.plain or x.codes).shape[0], b["b"].shape[0]  # type: ignore[union-attr]
     depth = b["b"].shape[1] * (2 if x.quant == "nvfp4" else 1)
     bias = ctx.weight(f"{name}.bias") if ctx.has(f"{name}.bias") else None
     if bias is not None and rows_of is not None:
         bias = bias.narrow(0, rows_of.start, columns)
-    done, fill, parameters = tile_quantization(ctx, label, M, columns, quantize_for, head)
+    done, fill, parameters = tile_quantization(ctx, label, M, columns, quantize_for)
     stored = keep or done.quant is None
-    result = (ctx.tensor(label, head + M, columns).narrow(0, head, M) if out is None else out) if stored else None
+    result = (ctx.tensor(label, M, columns) if out is None else out) if stored else None
     frame_gate = operands.get("frame_gate")
     finish = Finish(
         out=ctx.kind, keep=stored, bias=bias is not None, silu=silu, add="add" in operands, gate="gate" in operands,
@@ -168,7 +163,8 @@ def product(
     )  # fmt: skip
     unit = _unit(ctx, name)
     config = default_config(ctx.target, unit, columns, finish, tokens=tokens)
-    variant = plans.gemm(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), columns, depth, tokens, finish, config)
+    pitch = None if taps == 1 else taps * depth
+    variant = plans.gemm(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), columns, depth, tokens, finish, config, pitch)
     bindings = {**_a_arguments(x), **b, "bias": bias, **_finish_arguments(operands), "out": result, "squares": squares, **fill, "M": M}
     written = ("out", "codes", "scales", "squares")
     ctx.tape.launch(label, variant, bindings, written, flops=2 * M * columns * depth, unit=unit, **_sizes(config, ctx.target))
@@ -176,7 +172,7 @@ def product(
 
 
 def tile_quantization(
-    ctx: Context, label: str, M: int, columns: int, quantize_for: str | None, head: int = 0
+    ctx: Context, label: str, M: int, columns: int, quantize_for: str | None
 ) -> tuple[Rows, dict[str, Any], dict[str, Any]]:
     """`quantized_rows` by a kernel whose programs see parts of a row.
 
@@ -184,47 +180,27 @@ def tile_quantization(
     """
     if quantize_for is None or ctx.weights.formats.of(quantize_for).quant in (None, "fp8_rows"):
         return Rows(None), {}, {}
-    return quantized_rows(ctx, label, M, columns, quantize_for, head)
-
-
-def temporal_head(ctx: Context, name: str, columns: int, frame: int) -> int:
-    """Rows that the temporal product `name` wants free before its operand, for the frame that comes before it."""
-    config = default_config(ctx.target, _unit(ctx, name), columns, _temporal_finish(ctx), tokens=frame, taps=3)
-    return frame if config.form != "pointers" else 0
-
-
-def _temporal_finish(ctx: Context) -> Finish:
-    return Finish(out=ctx.kind, add=True, frame_gate=ctx.kind, residual=True, weight=ctx.kind)
+    return quantized_rows(ctx, label, M, columns, quantize_for)
 
 
 def temporal_product(
-    ctx: Context, label: str, name: str, x: Rows, tail: Rows | None, frame: int, *, add: View, frame_gate: View, residual: View
+    ctx: Context, label: str, name: str, x: Rows, carried: View | None, frame: int, *, add: View, frame_gate: View, residual: View
 ) -> View:
     """The FFN's temporal convolution with what follows it: residual + frame_gate * (add + conv(x)); x (M, C), `frame` tokens a frame.
 
-    Where there is a tail, x has `temporal_head` rows free before it.
+    `carried` (frame, C) are the products of the frame before the first one with the first tap: `product(..., taps=3)` of that frame.
     """
     M, C = add.shape
-    head = temporal_head(ctx, name, C, frame) if tail is not None else 0
-    x = as_operand(ctx, label, x, name, head)
-    b = _b_arguments(ctx, name, None)
-    unit, finish = _unit(ctx, name), _temporal_finish(ctx)
+    x = as_operand(ctx, label, x, name)
+    unit, finish = _unit(ctx, name), Finish(out=ctx.kind, add=True, frame_gate=ctx.kind, residual=True, weight=ctx.kind)
     config = default_config(ctx.target, unit, C, finish, tokens=frame, taps=3)
-    variant = plans.temporal_conv(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), C, C, frame, M, tail is not None, finish, config)
+    variant = plans.temporal_conv(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), C, C, frame, M, carried is not None, finish, config)
     out = ctx.tensor(label, M, C)
-    operands = {"add": add, "frame_gate": frame_gate, "residual": residual}
-    bindings = {**_a_arguments(x), **b, **_finish_arguments(operands), "out": out, "M": M}
-    if tail is not None and head:
-        whole = bindings["a"].preceded(head)
-        if x.quant is None:
-            ctx.tape.copy(f"{label}.tail", tail.values, whole.narrow(0, 0, head))
-        else:
-            quantize(ctx, f"{label}.tail", tail.values, name, codes=whole.narrow(0, 0, head))
-        bindings["a"] = whole
-    elif tail is not None:
-        left = _a_arguments(as_operand(ctx, f"{label}.tail", tail, name))
-        bindings |= {"tail": left["a"], "tail_row": left["a_row"], "tail_scales": left.get("a_scales")}
-    ctx.tape.launch(label, variant, bindings, ("out",), flops=2 * M * C * 3 * C, unit=unit, **_sizes(config, ctx.target))
+    operands = {"add": add, "frame_gate": frame_gate, "residual": residual} | ({} if carried is None else {"carried": carried})
+    bindings = {**_a_arguments(x), **_b_arguments(ctx, name, None), **_finish_arguments(operands), "out": out, "M": M}
+    # Nothing comes before the first frame and after the last one.
+    flops = 2 * M * C * 3 * C - 2 * 2 * frame * C * C
+    ctx.tape.launch(label, variant, bindings, ("out",), flops=flops, unit=unit, **_sizes(config, ctx.target))
     return out
 
 

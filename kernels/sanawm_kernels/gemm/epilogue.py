@@ -1,7 +1,7 @@
 """Triton epilogue that every product shares: from float32 sums to stored, gated, residual and quantized outputs.
 
-In order: the operands' scales, bias, SiLU or a gated linear unit, a summand, the product with SiLU of a gate, the gate of the frame, the residual
-stream, an extra summand. Absent operands are None. Whatever reads the result again (a quantization, a sum of squares) reads it as it is stored, after
+In order: the operands' scales, bias, SiLU or a gated linear unit, a summand, what the first frame carries, the product with SiLU of a gate, the gate
+of the frame, the residual stream, an extra summand. Absent operands are None. Whatever reads the result again (a quantization, a sum of squares) reads it as it is stored, after
 its rounding.
 """
 
@@ -38,10 +38,10 @@ def _descale(acc, row, column, M, N: tl.constexpr, a_scale, b_scale, A_ROWS: tl.
 @triton.jit
 def finish_tile(
     acc, acc_gate, tile_m, tile_n, M, a_scale, b_scale,
-    bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
+    bias, add, add_row, carried, carried_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
     out, codes, scales, quant_scale, squares,
     N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICES: tl.constexpr,
-    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr, GLU: tl.constexpr,
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, TOKENS: tl.constexpr, BATCH: tl.constexpr, SILU: tl.constexpr, GLU: tl.constexpr,
     QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """Finish and store the tile (tile_m, tile_n) of an (M, N) result in SLICES (1, 2 or 4) column slices, one after the other.
@@ -52,8 +52,8 @@ def finish_tile(
     if SLICES == 1:
         _finish(
             acc, acc_gate, tile_m, tile_n, M, a_scale, b_scale,
-            bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
-            out, codes, scales, quant_scale, squares, N, BM, BN, A_ROWS, B_ROWS, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+            bias, add, add_row, carried, carried_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
+            out, codes, scales, quant_scale, squares, N, BM, BN, A_ROWS, B_ROWS, TOKENS, BATCH, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
     else:
         left, right = halves(acc, BM, BN)
@@ -62,28 +62,31 @@ def finish_tile(
             left_gate, right_gate = halves(acc_gate, BM, BN)
         finish_tile(
             left, left_gate, tile_m, 2 * tile_n, M, a_scale, b_scale,
-            bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
+            bias, add, add_row, carried, carried_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
             out, codes, scales, quant_scale, squares,
-            N, BM, BN // 2, SLICES // 2, A_ROWS, B_ROWS, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+            N, BM, BN // 2, SLICES // 2, A_ROWS, B_ROWS, TOKENS, BATCH, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
         finish_tile(
             right, right_gate, tile_m, 2 * tile_n + 1, M, a_scale, b_scale,
-            bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
+            bias, add, add_row, carried, carried_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
             out, codes, scales, quant_scale, squares,
-            N, BM, BN // 2, SLICES // 2, A_ROWS, B_ROWS, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+            N, BM, BN // 2, SLICES // 2, A_ROWS, B_ROWS, TOKENS, BATCH, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     acc, acc_gate, tile_m, tile_n, M, a_scale, b_scale,
-    bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
+    bias, add, add_row, carried, carried_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row, extra, extra_row,
     out, codes, scales, quant_scale, squares,
     N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr, GLU: tl.constexpr,
+    A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, TOKENS: tl.constexpr, BATCH: tl.constexpr, SILU: tl.constexpr, GLU: tl.constexpr,
     QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
-    """Finish and store one slice; acc_gate holds the gates of GLU. TOKENS rows share a frame gate, squares is (M, cdiv(N, BN))."""
+    """Finish and store one slice; acc_gate holds the gates of GLU. TOKENS rows share a frame gate, squares is (M, cdiv(N, BN)).
+
+    The first TOKENS rows of each BATCH add the rows of `carried`, (batches * TOKENS, N).
+    """
     row = tile_m * BM + tl.arange(0, BM)
     column = tile_n * BN + tl.arange(0, BN)
     inside = (row < M)[:, None] & (column < N)[None, :]
@@ -101,6 +104,10 @@ def _finish(
         acc = acc * tl.sigmoid(acc)
     if add is not None:
         acc += tl.load(add + row[:, None] * add_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if carried is not None:
+        first = inside & (row % BATCH < TOKENS)[:, None]
+        at = carried + (row // BATCH * TOKENS + row % BATCH)[:, None] * carried_row + column[None, :]
+        acc += tl.load(at, mask=first, other=0.0).to(tl.float32)
     if gate is not None:
         g = tl.load(gate + row[:, None] * gate_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
         acc = acc * g * tl.sigmoid(g)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from sanawm_kernels.gemm import cublaslt, table
 from sanawm_kernels.gemm import triton as fused
 from sanawm_kernels.gemm.naive import Epilogue, Operand, Product
@@ -28,6 +30,11 @@ def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, bac
     return fused.linear(x, weight, epilogue)
 
 
-def temporal_conv(s: Operand, weight: Operand, frames: int, tail: Operand | None = None, epilogue: Epilogue | None = None) -> Product:
+def temporal_conv(s: Operand, weight: Operand, frames: int, carried: Tensor | None = None, epilogue: Epilogue | None = None) -> Product:
     """See `naive.temporal_conv`. Always Triton: cuBLASLt cannot read three shifted views as one operand."""
-    return fused.temporal_conv(s, weight, frames, tail, epilogue)
+    return fused.temporal_conv(s, weight, frames, carried, epilogue)
+
+
+def carried_products(s: Operand, weight: Operand, dtype: torch.dtype) -> Tensor:
+    """See `naive.carried_products`. Always Triton: it reads a third of the weight where it lies."""
+    return fused.carried_products(s, weight, dtype)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from sanawm_kernels.gemm.epilogue import finish_tile
-from sanawm_kernels.tiles import grouped_tile
+from sanawm_kernels.tiles import frame_taps, grouped_tile
 
 
 @triton.jit
@@ -22,10 +22,10 @@ def _within(index, size):
 
 
 @triton.jit
-def _block_scales(scales, row, first_block, BLOCKS: tl.constexpr, R: tl.constexpr, J: tl.constexpr, EVEN: tl.constexpr):
-    """NVFP4 scales (R, J) of rows `row` from `first_block` on; BLOCKS blocks a row."""
+def _block_scales(rows, first_block, BLOCKS: tl.constexpr, J: tl.constexpr, EVEN: tl.constexpr):
+    """NVFP4 scales (R, J) from `first_block` on of the rows that start at `rows` (R,); BLOCKS blocks a row."""
     block = first_block + tl.arange(0, J)
-    at = scales + row[:, None] * BLOCKS + block[None, :]
+    at = rows[:, None] + block[None, :]
     if EVEN:
         return tl.load(at)
     else:
@@ -54,9 +54,9 @@ def gemm(
     N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, SLICES: tl.constexpr,
     FP4: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr, A_SWIZZLED: tl.constexpr, B_SWIZZLED: tl.constexpr, IMPRECISE: tl.constexpr,
     PRECISION: tl.constexpr, TOKENS: tl.constexpr, SILU: tl.constexpr, GLU: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr,
-    NATIVE: tl.constexpr, BF16: tl.constexpr,
+    NATIVE: tl.constexpr, BF16: tl.constexpr, PITCH: tl.constexpr,
 ):  # fmt: skip
-    """One-dimensional grid over tiles. a (M, K) rows a_row apart, b (N, K) or with GLU (2N, K) contiguous; NVFP4 operands are packed bytes.
+    """One-dimensional grid over tiles. a (M, K) rows a_row apart, b (N, K) or with GLU (2N, K) rows PITCH numbers apart; NVFP4 operands are packed.
 
     a_scale, b_scale: float32 scales of the operands, one or (A_ROWS, B_ROWS) one a row, or None. a_scales, b_scales: NVFP4 block scales.
     IMPRECISE: products that may be added at the tensor core's own precision before float32 (matters for e4m3 on Hopper), None for its default.
@@ -72,7 +72,7 @@ def gemm(
         column = _within(tile_n * BN + tl.arange(0, BN), N)
         inner = tl.arange(0, STEP)
         a_at = a + row[:, None].to(tl.int64) * a_row + inner[None, :]
-        b_at = b + column[None, :].to(tl.int64) * WIDTH + inner[:, None]
+        b_at = b + column[None, :].to(tl.int64) * (PITCH // PACK) + inner[:, None]
         acc = tl.zeros((BM, BN), tl.float32)
         acc_gate = acc
         for step in range(0, (K + BK - 1) // BK):
@@ -86,37 +86,37 @@ def gemm(
                 if A_SWIZZLED:
                     x_steps = _swizzled_scales(a_scales, tile_m, M, block, K // 16, BM, BK // 16, EVEN)
                 else:
-                    x_steps = _block_scales(a_scales, row, block, K // 16, BM, BK // 16, EVEN)
+                    x_steps = _block_scales(a_scales + row * (K // 16), block, K // 16, BK // 16, EVEN)
                 if B_SWIZZLED:
                     w_steps = _swizzled_scales(b_scales, tile_n, N, block, K // 16, BN, BK // 16, EVEN)
                 else:
-                    w_steps = _block_scales(b_scales, column, block, K // 16, BN, BK // 16, EVEN)
+                    w_steps = _block_scales(b_scales + column * (PITCH // 16), block, K // 16, BK // 16, EVEN)
                 acc = tl.dot_scaled(x, x_steps, "e2m1", w, w_steps, "e2m1", acc)
                 if GLU:
-                    g = tl.load(b_at + N * WIDTH, mask=inner[:, None] < WIDTH - step * STEP, other=0.0)
-                    g_steps = _block_scales(b_scales, column + N, block, K // 16, BN, BK // 16, EVEN)
+                    g = tl.load(b_at + N * (PITCH // PACK), mask=inner[:, None] < WIDTH - step * STEP, other=0.0)
+                    g_steps = _block_scales(b_scales + (column + N) * (PITCH // 16), block, K // 16, BK // 16, EVEN)
                     acc_gate = tl.dot_scaled(x, x_steps, "e2m1", g, g_steps, "e2m1", acc_gate)
             else:
                 acc = tl.dot(x, w, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
                 if GLU:
                     if EVEN:
-                        g = tl.load(b_at + N * WIDTH)
+                        g = tl.load(b_at + N * (PITCH // PACK))
                     else:
-                        g = tl.load(b_at + N * WIDTH, mask=inner[:, None] < WIDTH - step * STEP, other=0.0)
+                        g = tl.load(b_at + N * (PITCH // PACK), mask=inner[:, None] < WIDTH - step * STEP, other=0.0)
                     acc_gate = tl.dot(x, g, acc_gate, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
             a_at += STEP
             b_at += STEP
         finish_tile(
-            acc, acc_gate, tile_m, tile_n, M, a_scale, b_scale, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row,
+            acc, acc_gate, tile_m, tile_n, M, a_scale, b_scale, bias, add, add_row, None, 0, gate, gate_row, frame_gate, frame_gate_row,
             residual, residual_row, extra, extra_row, out, codes, scales, quant_scale, squares,
-            N, BM, BN, SLICES, A_ROWS, B_ROWS, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+            N, BM, BN, SLICES, A_ROWS, B_ROWS, TOKENS, 1, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
 
 
 @triton.jit
 def temporal_conv(
-    a, a_row, a_scales, a_scale, tail, tail_row, tail_scales, b, b_scales, b_scale,
-    add, add_row, frame_gate, frame_gate_row, residual, residual_row,
+    a, a_row, a_scales, a_scale, b, b_scales, b_scale,
+    add, add_row, carried, carried_row, frame_gate, frame_gate_row, residual, residual_row,
     out, codes, scales, quant_scale, M,
     N: tl.constexpr, C: tl.constexpr, FRAME: tl.constexpr, BATCH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, SLICES: tl.constexpr, FP4: tl.constexpr, A_ROWS: tl.constexpr, B_ROWS: tl.constexpr,
@@ -124,8 +124,8 @@ def temporal_conv(
 ):  # fmt: skip
     """Three taps along time as one product: [frame before | frame | frame after] (M, 3C) with b (N, 3C), without building the left operand.
 
-    a (M, C) has BATCH tokens a batch, FRAME a frame; tail (batches * FRAME, C) is the frame before the first one (None: zeros); after the last
-    frame come zeros. A_ROWS cannot hold: the three taps of an output row have different scales.
+    a (M, C) has BATCH tokens a batch, FRAME a frame; beyond a batch's frames come zeros, and `carried` (batches * FRAME, N), the products of the
+    frame before the first one, is added to the first frame. A_ROWS cannot hold: the three taps of an output row have different scales.
     """
     PACK: tl.constexpr = 2 if FP4 else 1
     EVEN: tl.constexpr = C % BK == 0
@@ -139,21 +139,14 @@ def temporal_conv(
         row = _within(tile_m * BM + tl.arange(0, BM), M)
         column = _within(tile_n * BN + tl.arange(0, BN), N)
         token = row % BATCH
-        # Rows of the tail that stand in for the frame before the first.
-        tail_at = row // BATCH * FRAME + token
         inner = tl.arange(0, STEP)
         acc = tl.zeros((BM, BN), tl.float32)
-        for step in range(0, 3 * STEPS):
+        first, last = frame_taps(tile_m * BM, min(tile_m * BM + BM, M), FRAME, BATCH)
+        for step in range(first * STEPS, last * STEPS):
             tap, part = step // STEPS, step % STEPS
             shifted = token + (tap - 1) * FRAME
-            before = shifted < 0
-            present = shifted < BATCH
+            present = (shifted >= 0) & (shifted < BATCH)
             at = a + (row + (tap - 1) * FRAME).to(tl.int64) * a_row
-            if tail is not None:
-                # Either row starts at 16 bytes, which a compiler that loses track of it in the choice must be told to load them at once.
-                at = tl.multiple_of(tl.where(before, tail + tail_at.to(tl.int64) * tail_row, at), 16)
-            else:
-                present &= shifted >= 0
             x_mask = present[:, None] & (inner < WIDTH - part * STEP)[None, :]
             x = tl.load(at[:, None] + part * STEP + inner[None, :], mask=x_mask, other=0.0)
             w_at = b + column[None, :].to(tl.int64) * (3 * WIDTH) + tap * WIDTH + part * STEP + inner[:, None]
@@ -165,8 +158,6 @@ def temporal_conv(
                 block = part * (BK // 16) + tl.arange(0, BK // 16)
                 held = block < C // 16
                 source = a_scales + (row + (tap - 1) * FRAME).to(tl.int64) * (C // 16)
-                if tail is not None:
-                    source = tl.where(before, tail_scales + tail_at.to(tl.int64) * (C // 16), source)
                 x_steps = tl.load(source[:, None] + block[None, :], mask=present[:, None] & held[None, :], other=0.0)
                 w_steps = tl.load(
                     b_scales + column[:, None] * (3 * C // 16) + tap * (C // 16) + block[None, :], mask=held[None, :], other=0.0
@@ -175,8 +166,9 @@ def temporal_conv(
             else:
                 acc = tl.dot(x, w, acc, input_precision=PRECISION, max_num_imprecise_acc=IMPRECISE)
         finish_tile(
-            acc, acc, tile_m, tile_n, M, a_scale, b_scale, None, add, add_row, None, 0, frame_gate, frame_gate_row, residual, residual_row, None, 0,
-            out, codes, scales, quant_scale, None, N, BM, BN, SLICES, A_ROWS, B_ROWS, FRAME, False, False, QUANT, SWIZZLED, NATIVE, BF16,
+            acc, acc, tile_m, tile_n, M, a_scale, b_scale, None, add, add_row, carried, carried_row, None, 0, frame_gate, frame_gate_row,
+            residual, residual_row, None, 0, out, codes, scales, quant_scale, None,
+            N, BM, BN, SLICES, A_ROWS, B_ROWS, FRAME, BATCH, False, False, QUANT, SWIZZLED, NATIVE, BF16,
         )  # fmt: skip
 
 
@@ -200,6 +192,6 @@ def epilogue(
     if GLU:
         acc_gate = tl.load(at + N, mask=inside, other=0.0).to(tl.float32)
     finish_tile(
-        acc, acc_gate, tile_m, tile_n, M, None, None, bias, add, add_row, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row,
-        extra, extra_row, out, codes, scales, quant_scale, squares, N, BM, BN, 1, False, False, TOKENS, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
+        acc, acc_gate, tile_m, tile_n, M, None, None, bias, add, add_row, None, 0, gate, gate_row, frame_gate, frame_gate_row, residual, residual_row,
+        extra, extra_row, out, codes, scales, quant_scale, squares, N, BM, BN, 1, False, False, TOKENS, 1, SILU, GLU, QUANT, SWIZZLED, NATIVE, BF16,
     )  # fmt: skip

@@ -101,17 +101,26 @@ def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None) -> Pro
     return apply(F.linear(numbers(x, exact), numbers(weight, exact)), epilogue, dtype)
 
 
-def temporal_conv(s: Operand, weight: Operand, frames: int, tail: Operand | None = None, epilogue: Epilogue | None = None) -> Product:
+def carried_products(s: Operand, weight: Operand, dtype: torch.dtype | None = None) -> Tensor:
+    """What the frame after s (B, S, C) adds for it: s @ the first third of weight (N, 3C), (B, S, N) in `dtype` or at least float32."""
+    x = numbers(s, torch.float64 if dtype == torch.float64 else None)
+    product = F.linear(x, numbers(weight, x.dtype)[:, : x.shape[-1]])
+    return product if dtype is None else product.to(dtype)
+
+
+def temporal_conv(s: Operand, weight: Operand, frames: int, carried: Tensor | None = None, epilogue: Epilogue | None = None) -> Product:
     """Dense three-tap convolution along time as a product with [frame before | frame | frame after] (SANA-WM paper, arXiv 2605.15178).
 
-    s (B, T*S, C); weight (N, 3C), input index tap * C + channel; tail (B, S, C) is the frame before the first (zeros when None); after the last
-    frame come zeros. The residual of the FFN is `epilogue.add` = s.
+    s (B, T*S, C); weight (N, 3C), input index tap * C + channel. Before the first and after the last frame come zeros; `carried` (B, S, N), the
+    `carried_products` of the frame before the first, is added to the first frame. The residual of the FFN is `epilogue.add` = s.
     """
     epilogue = epilogue or Epilogue()
     dtype = output_dtype(s, epilogue)
     exact = torch.float64 if dtype == torch.float64 else None
     x = numbers(s, exact).unflatten(1, (frames, -1))
     zero = torch.zeros_like(x[:, :1])
-    before = zero if tail is None else numbers(tail, exact).unsqueeze(1).to(x.dtype)
-    shifted = torch.cat((torch.cat((before, x[:, :-1]), 1), x, torch.cat((x[:, 1:], zero), 1)), -1)
-    return apply(F.linear(shifted.flatten(1, 2), numbers(weight, exact).to(x.dtype)), epilogue, dtype)
+    shifted = torch.cat((torch.cat((zero, x[:, :-1]), 1), x, torch.cat((x[:, 1:], zero), 1)), -1)
+    product = F.linear(shifted.flatten(1, 2), numbers(weight, exact).to(x.dtype))
+    if carried is not None:
+        product[:, : carried.shape[1]] += carried.to(product.dtype)
+    return apply(product, epilogue, dtype)

@@ -50,7 +50,7 @@ def _finish_slice(
     A_ROWS: gl.constexpr, B_ROWS: gl.constexpr, SILU: gl.constexpr,
     ADD: gl.constexpr, GATE: gl.constexpr, RESIDUAL: gl.constexpr, EXTRA: gl.constexpr,
 ):  # fmt: skip
-    a_scale, b_scale, bias, frame_gate, frame_gate_row, squares = values
+    a_scale, b_scale, bias, carried, carried_row, frame_gate, frame_gate_row, squares = values
     OPERANDS: gl.constexpr = ADD + GATE + RESIDUAL + EXTRA
     RING: gl.constexpr = full.shape[0]
     BM: gl.constexpr = chunks.shape[1]
@@ -91,6 +91,11 @@ def _finish_slice(
             roles.barrier()
     if ADD:
         acc += _slice(chunks, place, AT, SLICE).load(LAYOUT).to(gl.float32)
+    if carried is not None:
+        if tile_m * BM < TOKENS:
+            at = carried + gl.expand_dims(row.to(gl.int64) * carried_row, 1) + gl.expand_dims(column, 0)
+            here = gl.expand_dims(row < TOKENS, 1) & gl.expand_dims(column < N, 0)
+            acc += gl.load(at, mask=here, other=0.0).to(gl.float32)
     if GATE:
         g = _slice(chunks, place + ADD, AT, SLICE).load(LAYOUT).to(gl.float32)
         acc = acc * g * _sigmoid(g)

@@ -23,8 +23,8 @@ Form = Literal["pointers", "descriptors", "pingpong"]
 MODULES: dict[Form, str] = {
     "pointers": "sanawm_kernels.gemm.kernels", "descriptors": "sanawm_kernels.gemm.tma", "pingpong": "sanawm_kernels.gemm.pingpong",
 }  # fmt: skip
-# What kernels with pointers take and the others do not: NVFP4 operands, gated linear units, a tail apart from the rows that follow it.
-_POINTERS_ONLY = ("a_scales", "b_scales", "tail", "tail_row", "tail_scales", "FP4", "A_SWIZZLED", "B_SWIZZLED", "GLU")
+# What kernels with pointers take and the others do not: NVFP4 operands, gated linear units, rows of weights that lie apart.
+_POINTERS_ONLY = ("a_scales", "b_scales", "FP4", "A_SWIZZLED", "B_SWIZZLED", "GLU", "PITCH")
 _EPILOGUE_SPILLS = "8 bytes in Triton 3.9, in the epilogue; the loop over the depth has none"
 # Operands of an epilogue that are as large as the result.
 _WHOLE = ("add", "gate", "residual", "extra")
@@ -116,8 +116,8 @@ class Finish:
         bias = other(self.weight, self.out, "bias") if self.bias else ""
         return ("_".join(parts) or "plain") + f".{self.out}{gate}{bias}" + quant_name(self.quant, self.swizzled, self.keep)
 
-    def entries(self, columns: int, *, conv: bool = False) -> dict[str, str | None]:
-        """Signature entries in the kernels' order."""
+    def entries(self, columns: int, *, conv: bool = False, carried: bool = False) -> dict[str, str | None]:
+        """Signature entries in the kernels' order; `carried` rows exist for temporal convolutions alone."""
         row = stride(columns)
         result: dict[str, str | None] = {} if conv else {"bias": pointer(self.weight if self.bias else None)}
         operands = [
@@ -128,6 +128,8 @@ class Finish:
         if not conv:
             operands.insert(1, ("gate", self.gate, self.out))
             operands.append(("extra", self.extra, self.out))
+        else:
+            operands.insert(1, ("carried", carried, self.out))
         for name, present, kind in operands:
             result |= {name: pointer(kind if present else None), f"{name}_row": row if present else None}
         result |= {"out": pointer(self.out if self.keep else None)} | quant_entries(self.quant)
@@ -203,17 +205,18 @@ def takes_turns(kind: str, finish: Finish, tokens: int) -> bool:
 
 
 def _pingpong(
-    name: str, entries: dict[str, str | None], a: Operand, b: Operand, columns: int, depth: int, taps: int, tail: bool, tokens: int, finish: Finish,
+    name: str, entries: dict[str, str | None], a: Operand, b: Operand, columns: int, depth: int, taps: int, tokens: int, batch: int, finish: Finish,
     config: Config,
 ) -> KernelVariant:  # fmt: skip
     """The kernel whose consumers take turns, of one or three taps."""
-    signature, absent = arguments(dict.fromkeys(("bias", "gate", "extra", "squares")) | _in_blocks(entries, a, finish, config) | {"M": "i32"})
+    absent_here = ("bias", "carried", "carried_row", "gate", "extra", "squares")
+    signature, absent = arguments(dict.fromkeys(absent_here) | _in_blocks(entries, a, finish, config) | {"M": "i32"})
     return KernelVariant(
         name=f"{name}{_suffix(config)}",
         kernel=f"{MODULES[config.form]}:gemm",
         signature=signature,
         constexprs=absent | {
-            "N": columns, "K": depth, "TAPS": taps, "TAIL": tail, "TOKENS": tokens, "BM": config.rows, "BN": config.columns, "BK": config.depth,
+            "N": columns, "K": depth, "TAPS": taps, "TOKENS": tokens, "BATCH": batch, "BM": config.rows, "BN": config.columns, "BK": config.depth,
             "CW": config.chunk, "GROUP": config.group, "STAGES": config.stages, "RING": config.ring, "SLICE": config.columns // config.slices,
             "A_ROWS": a.row_scales, "B_ROWS": b.row_scales, "SILU": finish.silu,
         },
@@ -227,23 +230,32 @@ def _pingpong(
 
 
 @cache
-def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: Finish, config: Config) -> KernelVariant:
-    """x (M, depth) @ weight (columns, depth)^T; `tokens` rows share a frame gate. Raises ValueError for operands that do not go together."""
+def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: Finish, config: Config, pitch: int | None = None) -> KernelVariant:
+    """x (M, depth) @ weight (columns, depth)^T; `tokens` rows share a frame gate.
+
+    `pitch`: numbers from one row of the weight to the next, where they are not its depth. Raises ValueError for operands that do not go together.
+    """
     check(a, b, depth, tokens, finish, config)
+    if pitch is not None and b.swizzled:
+        raise ValueError("product: expected rows of block scales for a weight whose rows lie apart, found swizzled ones")
     entries = (
         _operand_entries("a", a, stride(depth // (2 if a.kind == "nvfp4" else 1)))
         | _operand_entries("b", b, None)
         | finish.entries(columns)
     )
+    if pitch and entries["a_scales"]:
+        # These are a chunk's last frame, whose block scales may start anywhere.
+        entries["a_scales"] = "*fp8e4nv"
     kinds = a.name if a == b else f"{a.name}_x_{b.name}"
-    name = f"gemm.n{columns}.k{depth}{f'.s{tokens}' if finish.frame_gate else ''}.{kinds}.{finish.name}"
+    apart = f"of{pitch}" if pitch else ""
+    name = f"gemm.n{columns}.k{depth}{apart}{f'.s{tokens}' if finish.frame_gate else ''}.{kinds}.{finish.name}"
     tokens = tokens if finish.frame_gate else 1
     if config.form == "pingpong":
-        return _pingpong(name, entries, a, b, columns, depth, 1, False, tokens, finish, config)
+        return _pingpong(name, entries, a, b, columns, depth, 1, tokens, tokens, finish, config)
     signature, absent = arguments((entries if config.form == "pointers" else _in_blocks(entries, a, finish, config)) | {"M": "i32"})
     grid, sizes = _grid(config)
     constants = absent | _tile_constants(config, a, b) | finish.constants() | {
-        "N": columns, "K": depth, "TOKENS": tokens, "A_SWIZZLED": a.swizzled, "B_SWIZZLED": b.swizzled,
+        "N": columns, "K": depth, "TOKENS": tokens, "A_SWIZZLED": a.swizzled, "B_SWIZZLED": b.swizzled, "PITCH": pitch or depth,
     }  # fmt: skip
     return KernelVariant(
         name=f"{name}{_suffix(config)}",
@@ -262,26 +274,23 @@ def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: 
 
 @cache
 def temporal_conv(
-    a: Operand, b: Operand, columns: int, channels: int, frame: int, batch: int, tail: bool, finish: Finish, config: Config
+    a: Operand, b: Operand, columns: int, channels: int, frame: int, batch: int, carried: bool, finish: Finish, config: Config
 ) -> KernelVariant:
     """Three frame-shifted views of (M, channels) times weight (columns, 3 * channels); `frame` tokens a frame, `batch` tokens a batch.
 
-    With a `tail` a kernel with descriptors takes one batch alone, in rows that follow the tail's; the others take the tail as an operand of its own.
+    With `carried` the products of the frame before the first one are an operand. A kernel with descriptors takes one batch alone.
     """
     check(a, b, channels, frame, finish, config)
     if a.row_scales or a.swizzled or b.swizzled:
         raise ValueError("temporal_conv: expected one activation scale and block scales in rows: frames do not start at tiles of 128 rows")
     if config.form != "pointers" and batch % frame:
         raise ValueError(f"temporal_conv: expected whole frames of {frame} tokens, found {batch}")
-    row = stride(channels // (2 if a.kind == "nvfp4" else 1))
-    apart = tail and config.form == "pointers"
-    entries = _operand_entries("a", a, row)
-    entries |= {"tail": a.type if apart else None, "tail_row": row if apart else None, "tail_scales": a.scale_entries[0] if apart else None}
-    entries |= _operand_entries("b", b, None) | finish.entries(columns, conv=True)
+    entries = _operand_entries("a", a, stride(channels // (2 if a.kind == "nvfp4" else 1)))
+    entries |= _operand_entries("b", b, None) | finish.entries(columns, conv=True, carried=carried)
     kinds = a.name if a == b else f"{a.name}_x_{b.name}"
-    name = f"gemm.temporal.n{columns}.c{channels}.{batch // frame}x{frame}.{kinds}{'' if tail else '.first'}.{finish.name}"
+    name = f"gemm.temporal.n{columns}.c{channels}.{batch // frame}x{frame}.{kinds}{'' if carried else '.first'}.{finish.name}"
     if config.form == "pingpong":
-        return _pingpong(name, entries, a, b, columns, channels, 3, tail, frame, finish, config)
+        return _pingpong(name, entries, a, b, columns, channels, 3, frame, batch, finish, config)
     signature, absent = arguments((entries if config.form == "pointers" else _in_blocks(entries, a, finish, config)) | {"M": "i32"})
     grid, sizes = _grid(config)
     return KernelVariant(
@@ -289,7 +298,7 @@ def temporal_conv(
         kernel=f"{MODULES[config.form]}:temporal_conv",
         signature=signature,
         constexprs=_taken(absent | _tile_constants(config, a, b) | finish.constants(conv=True), config)
-        | {"N": columns, "C": channels, "FRAME": frame} | ({"TAIL": tail} if config.form == "descriptors" else {"BATCH": batch}),
+        | {"N": columns, "C": channels, "FRAME": frame, "BATCH": batch},
         grid=grid,
         grid_sizes=sizes,
         num_warps=config.warps,

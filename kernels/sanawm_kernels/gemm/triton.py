@@ -108,11 +108,22 @@ def _programs(config: plans.Config, device: torch.device) -> dict[str, int]:
 
 def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, config: plans.Config | None = None) -> Product:
     """See `naive.linear`; `config` overrides the table's tile (for tuning)."""
-    what, epilogue = "linear", epilogue or Epilogue()
+    return _linear("linear", x, weight, epilogue or Epilogue(), config)
+
+
+def carried_products(s: Operand, weight: Operand, dtype: torch.dtype) -> Tensor:
+    """See `naive.carried_products`."""
+    product = _linear("carried_products", s, weight, Epilogue(dtype=dtype), None, taps=3).plain
+    assert product is not None
+    return product
+
+
+def _linear(what: str, x: Operand, weight: Operand, epilogue: Epilogue, config: plans.Config | None, taps: int = 1) -> Product:
+    """A product with a weight, or with the first of `taps` that its rows hold one after the other."""
     (a, values), (b, weights) = describe(x, f"{what} x"), describe(weight, f"{what} weight")
-    if values.dim() != 3 or weights.dim() != 2 or not weights.is_contiguous() or weights.shape[1] != values.shape[2]:
+    if values.dim() != 3 or weights.dim() != 2 or not weights.is_contiguous() or weights.shape[1] != taps * values.shape[2]:
         raise ValueError(
-            f"{what}: expected x (B, N, K) and a contiguous weight (N, K), stored shapes found are {tuple(values.shape)} and {tuple(weights.shape)}"
+            f"{what}: expected x (B, N, K) and a contiguous weight (N, {'K' if taps == 1 else f'{taps}K'}), stored shapes found are {tuple(values.shape)} and {tuple(weights.shape)}"
         )
     if epilogue.glu and weights.shape[0] % 2:
         raise ValueError(f"{what}: expected an even number of output channels for glu, found {weights.shape[0]}")
@@ -126,8 +137,9 @@ def linear(x: Operand, weight: Operand, epilogue: Epilogue | None = None, *, con
     flat = rows(values, f"{what} x")
     if isinstance(x, Nvfp4Tensor) and x.layout == "rows" and flat.stride(0) != flat.shape[1]:
         raise ValueError(f"{what}: expected contiguous NVFP4 rows, whose scales are contiguous too, found strides {values.stride()}")
-    variant = plans.gemm(a, b, columns, depth, finishing.tokens, finishing.finish, config)
-    arguments = {"a": flat, "a_row": flat.stride(0), "b": weights, "M": flat.shape[0]} | _scales("a", x) | _scales("b", weight)
+    variant = plans.gemm(a, b, columns, depth, finishing.tokens, finishing.finish, config, None if taps == 1 else taps * depth)
+    first = weights[:, : values.shape[2]]
+    arguments = {"a": flat, "a_row": flat.stride(0), "b": first, "M": flat.shape[0]} | _scales("a", x) | _scales("b", weight)
     launch(variant, arguments | finishing.arguments, **_programs(config, device))
     return finishing.result()
 
@@ -136,7 +148,7 @@ def temporal_conv(
     s: Operand,
     weight: Operand,
     frames: int,
-    tail: Operand | None = None,
+    carried: Tensor | None = None,
     epilogue: Epilogue | None = None,
     *,
     config: plans.Config | None = None,
@@ -168,29 +180,16 @@ def temporal_conv(
     arguments: dict[str, Any] = (
         {"a": flat, "a_row": flat.stride(0), "b": weights, "M": flat.shape[0]} | _scales("a", s) | _scales("b", weight)
     )
-    if tail is not None:
-        t, tail_values = describe(tail, f"{what} tail")
-        if t != a:
-            raise ValueError(f"{what}: expected the tail in the format of s ({a.name}), found {t.name}")
-        if not isinstance(tail, Tensor) and not isinstance(s, Tensor) and not _same_scale(tail, s):
-            raise ValueError(
-                f"{what}: expected the tail under the scale tensor of s itself, found another; quantize both with one calibrated scale"
-            )
-        before = matching_rows(tail_values, (B, frame, stored), f"{what} tail")
-        _aligned(before, f"{what} tail")
     finishing = _Finishing(epilogue, (B, tokens, weights.shape[0]), output_dtype(s, epilogue), values.device, what)
     depth = _depth(values, a)
     if config is None:
         config = table.default_config(target(values.device), a.kind, weights.shape[0], finishing.finish, tokens=frame, taps=3, batched=B > 1)
-    if tail is not None and config.form != "pointers":
-        # One descriptor reads the tail and what follows it; plans write both into one buffer.
-        together = torch.cat((before, flat))
-        arguments |= {"a": together, "a_row": together.stride(0)}
-    elif tail is not None:
-        arguments |= {"tail": before, "tail_row": before.stride(0)}
-        if isinstance(tail, Nvfp4Tensor):
-            arguments["tail_scales"] = tail.scales
-    variant = plans.temporal_conv(a, b, weights.shape[0], depth, frame, tokens, tail is not None, finishing.finish, config)
+    if carried is not None:
+        if carried.dtype != output_dtype(s, epilogue):
+            raise ValueError(f"{what} carried: expected the output's dtype {output_dtype(s, epilogue)}, found {carried.dtype}")
+        before = matching_rows(carried, (B, frame, weights.shape[0]), f"{what} carried")
+        arguments |= {"carried": before, "carried_row": before.stride(0)}
+    variant = plans.temporal_conv(a, b, weights.shape[0], depth, frame, tokens, carried is not None, finishing.finish, config)
     launch(variant, arguments | finishing.arguments, **_programs(config, values.device))
     return finishing.result()
 
@@ -200,13 +199,6 @@ def _aligned(x: Tensor, what: str) -> None:
     apart = x.stride(0) * x.element_size()
     if x.data_ptr() % 16 or apart % 16:
         raise ValueError(f"{what}: expected rows at multiples of 16 bytes, found an offset of {x.data_ptr() % 16} and rows {apart} bytes apart")
-
-
-def _same_scale(tail: Operand, s: Operand) -> bool:
-    """Whether both share one scale tensor (comparing values would make the host wait for the GPU)."""
-    if isinstance(tail, Fp8Tensor) and isinstance(s, Fp8Tensor):
-        return tail.scale.data_ptr() == s.scale.data_ptr()
-    return isinstance(tail, Nvfp4Tensor) and isinstance(s, Nvfp4Tensor) and tail.global_scale.data_ptr() == s.global_scale.data_ptr()
 
 
 def apply(product: Tensor, epilogue: Epilogue, dtype: torch.dtype) -> Product:

@@ -101,14 +101,16 @@ def _block_products(
 
 
 def _temporal(sizes: ModelSizes, target: int, a: Operand, b: Operand) -> Iterator[KernelVariant]:
-    """Temporal convolution: first and later chunks of every length. NVFP4 scales come in rows: frames do not start at scale tiles."""
+    """Temporal convolution: first and later chunks of every length, and what they carry. NVFP4 scales come in rows: frames do not start at tiles."""
     a, b = (Operand(x.kind, x.row_scales) for x in (a, b))
     finish = Finish(add=True, frame_gate=KIND, residual=True)
     for frames in sizes.frames:
-        for tail in (False, True):
+        for carried in (False, True):
             tokens = sizes.tokens_per_frame
             config = default_config(target, a.kind, sizes.hidden, finish, tokens=tokens, taps=3)
-            yield plans.temporal_conv(a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, tail, finish, config)
+            yield plans.temporal_conv(a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, carried, finish, config)
+    config = default_config(target, a.kind, sizes.hidden)
+    yield plans.gemm(a, b, sizes.hidden, sizes.hidden, sizes.tokens_per_frame, Finish(), config, 3 * sizes.hidden)
 
 
 def _outer_products(sizes: ModelSizes) -> list[tuple[int, int]]:

@@ -80,12 +80,9 @@ class View:
         shape = tuple(size if i == axis % len(self.shape) else n for i, n in enumerate(self.shape))
         return replace(self, shape=shape, offset=self.offset + start * self.strides[axis] * ITEM_BYTES[self.dtype])
 
-    def preceded(self, rows: int) -> View:
-        """This view and the `rows` rows before it in its buffer; ValueError where there are none."""
-        offset = self.offset - rows * self.strides[0] * ITEM_BYTES[self.dtype]
-        if offset < 0:
-            raise ValueError(f"{self.buffer}: there are not {rows} rows before offset {self.offset}")
-        return replace(self, shape=(rows + self.shape[0], *self.shape[1:]), offset=offset)
+    def last(self, size: int, axis: int = 0) -> View:
+        """The last `size` entries along an axis."""
+        return self.narrow(axis, self.shape[axis] - size, size)
 
     def reshape(self, *shape: int) -> View:
         """The same elements under another shape; the view must be contiguous."""
