@@ -145,11 +145,11 @@ def main() -> None:
     for bundle, found in zip(opened, latents):
         recipe = bundle.manifest.precision.recipe
         cases = [f"engine.numerics.chunk{chunk.index}.{recipe}" for chunk in chunks]
-        rows += [_row(case, *pair, LATENTS) for case, *pair in zip(cases, distances(chunks, found, want), near)]
+        rows += [row(case, *pair, LATENTS) for case, *pair in zip(cases, distances(chunks, found, want), near)]
     found, near = engine_parts.distances(parts, parts_want), engine_parts.distances(parts_half, parts_want)
-    rows += [_row(f"engine.numerics.{name}.bf16", value, near[name], PARTS[name]) for name, value in found.items()]
-    for row in rows:
-        print(f"{row['case']}: {row['value']:.5f}, torch in bfloat16 {row['peer_value']:.5f}", flush=True)
+    rows += [row(f"engine.numerics.{name}.bf16", value, near[name], PARTS[name]) for name, value in found.items()]
+    for found_row in rows:
+        print(f"{found_row['case']}: {found_row['value']:.5f}, torch in bfloat16 {found_row['peer_value']:.5f}", flush=True)
     if options.output:
         write(options.output, {**environment(), "rows": rows})
 
@@ -166,6 +166,7 @@ class Clock:
         self._begin = now
 
 
+HALF, FROM_FLOAT32 = "torch bfloat16", "relative distance from float32"
 LATENTS = "final latents of a chunk after four steps; a second clip gave the same bytes"
 PARTS = {
     "text_encoder": "embeddings of a random prompt's real tokens",
@@ -175,10 +176,13 @@ PARTS = {
 }
 
 
-def _row(case: str, value: float, peer: float, includes: str) -> dict[str, Any]:
+def row(
+    case: str, value: float, peer_value: float | None, includes: str, peer: str | None = HALF, metric: str = FROM_FLOAT32, unit: str = "1"
+) -> dict[str, Any]:
+    """A row of a results file: a distance and its peer's."""
     return {
-        "case": case, "metric": "relative distance from float32", "value": value, "unit": "1", "min": None, "max": None, "n": 1, "floor": None,
-        "peer": "torch bfloat16", "peer_value": peer, "includes": includes,
+        "case": case, "metric": metric, "value": value, "unit": unit, "min": None, "max": None, "n": 1, "floor": None,
+        "peer": peer, "peer_value": peer_value, "includes": includes,
     }  # fmt: skip
 
 

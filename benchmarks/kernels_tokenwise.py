@@ -95,10 +95,6 @@ def cases() -> Sequence[Case]:
         Case("tokenwise.rms_norm.bf16", lambda: pair("rms_norm", rand(1, N, C), rand(C), 1e-6), 2 * MB),
         Case("tokenwise.depthwise_glu.bf16", lambda: pair("depthwise_glu", rand(1, N, 2 * G), rand(9, 2 * G), rand(2 * G), GRID), 2 * N * 3 * G),
         Case(
-            "tokenwise.gate_logits.bf16", lambda: pair("gate_logits", rand(1, N, C), rand(H, C), rand(H), T), MB,
-            includes="two launches: shares and means; write strengths come with the merged projection",
-        ),
-        Case(
             "tokenwise.rope_heads.bf16", lambda: pair("rope_heads", *merged(2), rand(C), rand(C), *tables(D // 2), H, 1e-5),
             4 * MB + 8 * N * D // 2,
         ),

@@ -91,7 +91,7 @@ def block(components: Any, inputs: Sample, grid: tuple[int, int], backend: str =
     layer.qkv = lambda x: projected
     layer._cam_qkv = lambda x: (c.q, c.k, c.v)
     beta = gates.beta().to(m.q.dtype).reshape(B, T, N // T, H).permute(0, 3, 1, 2)
-    decay = gates.decay().transpose(1, 2)
+    decay = gates.decay(T).transpose(1, 2)
     rotary = torch.complex(m.cos.double(), m.sin.double())[None, None]
     transforms = components._build_ucpe_apply_fns(D, c.rays.expand(B, -1, -1, -1).to(m.q.dtype), rotary)
 

@@ -45,11 +45,6 @@ def _depthwise() -> Made:
     return arguments, {"FRAMES": T}, {"out": lambda: naive.depthwise_glu(x[None].float(), taps.float(), bias.float(), GRID).plain}
 
 
-def _gates() -> Made:
-    u, w = _rand(N, C), _rand(H, C)
-    return {"u": u, "u_row": C, "decay_weight": w}, {"FRAMES": T}, {"partial": lambda: (u.double() @ w.double().t()).view(T, S, H).sum(1)}
-
-
 def _rope() -> Made:
     from sanawm_kernels.tokenwise import naive
 
@@ -138,6 +133,6 @@ def _cross() -> Made:
 
 
 SINGLE: dict[str, Callable[[], Made]] = {
-    "depthwise": _depthwise, "gate_tiles": _gates, "rope": _rope, "ucpe": _ucpe, "inverse_ucpe": _inverse_ucpe, "transpose": _transpose,
+    "depthwise": _depthwise, "rope": _rope, "ucpe": _ucpe, "inverse_ucpe": _inverse_ucpe, "transpose": _transpose,
     "modulate": lambda: _modulate(False), "fp8_rows": lambda: _modulate(True), "cross": _cross,
 }  # fmt: skip

@@ -20,10 +20,9 @@ from sanawm_calibration import modelopt_cpu
 from sanawm_calibration.errors import CalibrationError
 from sanawm_calibration.recipe import LayerFormat
 from sanawm_calibration.scales import fp8_scale, limit, nvfp4_scale
-from sanawm_kernels.quant.formats import BLOCK, Fp8Tensor, Nvfp4Tensor, quantize_fp8
+from sanawm_kernels.quant.formats import BLOCK, Fp8Tensor, Nvfp4Tensor, quantize_fp8, to_e4m3
 
 _NVFP4: dict[str, Any] = {"num_bits": (2, 1), "block_sizes": {-1: BLOCK, "type": "dynamic", "scale_bits": (4, 3)}}
-_FP8: dict[str, Any] = {"num_bits": (4, 3), "axis": None}
 _STATIC = {-1: BLOCK, "type": "static", "scale_bits": (4, 3)}
 # modelopt's weight quantizer and algorithm of each way to choose block scales.
 _WEIGHTS: dict[str, tuple[dict[str, Any], Any]] = {
@@ -150,20 +149,36 @@ def low_rank(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return down, up
 
 
+def _input_quantizer(packed: PackedLinear, device: torch.device) -> nn.Module:
+    """Rounds activations as modelopt does: NVFP4 by its own quantizer, FP8 without it, so that such a recipe is judged where it is not installed."""
+    if packed.layer_format.format == "fp8":
+        return _Fp8Rounding(packed.input_scale)
+    modelopt_cpu.load()
+    quantization = require("modelopt.torch.quantization")
+    quantizer: Any = quantization.nn.TensorQuantizer(quantization.config.QuantizerAttributeConfig(**_NVFP4))
+    quantizer.amax = torch.tensor(packed.input_limit)
+    return quantizer.to(device)
+
+
+class _Fp8Rounding(nn.Module):
+    """x rounded to e4m3 under a static scale, a power of two, in x's dtype; what exceeds its range saturates."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return to_e4m3(x / self.scale).to(x.dtype) * self.scale
+
+
 class FakeQuantLinear(nn.Module):
-    """A packed layer computed in the model's dtype: dequantized weight, activations rounded by modelopt's own quantizer."""
+    """A packed layer computed in the model's dtype: dequantized weight, activations rounded as modelopt rounds them."""
 
     def __init__(self, packed: PackedLinear, dtype: torch.dtype) -> None:
         super().__init__()
         self.packed = packed
-        nvfp4 = packed.layer_format.format == "nvfp4"
         self.weight = nn.Parameter(packed.weight.dequantize(torch.float32).to(dtype), requires_grad=False)
-        modelopt_cpu.load()
-        quantization = require("modelopt.torch.quantization")
-        config = quantization.config.QuantizerAttributeConfig(**(_NVFP4 if nvfp4 else _FP8))
-        quantizer: Any = quantization.nn.TensorQuantizer(config)
-        quantizer.amax = torch.tensor(packed.input_limit)
-        self.input_quantizer = quantizer.to(self.weight.device)
+        self.input_quantizer = _input_quantizer(packed, self.weight.device)
         self._peak: Tensor | None = None
 
     @property

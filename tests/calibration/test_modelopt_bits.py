@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sanawm_calibration import modelopt_cpu
-from sanawm_calibration.quantize import _WEIGHTS, FakeQuantLinear, _quantized, quantize_linear
+from sanawm_calibration.quantize import _WEIGHTS, FakeQuantLinear, PackedLinear, _quantized, quantize_linear
 from sanawm_calibration.recipe import LayerFormat
 from sanawm_kernels.quant.formats import E2M1_MIDPOINTS, Nvfp4Tensor, quantize_nvfp4
 from sanawm_kernels.quant.interpreter import exact
@@ -139,6 +139,25 @@ def test_packed_weights_are_modelopts(dtype: torch.dtype, scales: str) -> None:
         assert torch.equal(own.scales.float()[used], block.float()[used])
 
 
+def fp8_quantizer(packed: PackedLinear) -> Any:
+    """modelopt's quantizer with a layer's static scale."""
+    modelopt_cpu.load()
+    quantization = importlib.import_module("modelopt.torch.quantization")
+    quantizer = quantization.nn.TensorQuantizer(quantization.config.QuantizerAttributeConfig(num_bits=(4, 3), axis=None))
+    quantizer.amax = torch.tensor(packed.input_limit)
+    return quantizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("headroom", [1.0, 8.0])
+def test_fp8_activations_equal_modelopts(dtype: torch.dtype, headroom: float) -> None:
+    """FP8 activations are rounded without modelopt, to its very bits."""
+    x = samples(dtype, 6)
+    packed = quantize_linear("layer", nn.Linear(128, 48, bias=False), LayerFormat("fp8"), x.abs().amax(0) * headroom)
+    found = FakeQuantLinear(packed, dtype).input_quantizer(x)
+    assert found.dtype == dtype and torch.equal(found, fp8_quantizer(packed)(x))
+
+
 @pytest.mark.parametrize("layer_format", [LayerFormat("nvfp4", s) for s in ("rtn", "mse", "four-over-six")] + [LayerFormat("fp8")])
 def test_layer_forward_equals_modelopts(layer_format: LayerFormat) -> None:
     generator = torch.Generator().manual_seed(5)
@@ -152,7 +171,7 @@ def test_layer_forward_equals_modelopts(layer_format: LayerFormat) -> None:
     else:
         theirs = _quantized(linear.weight.clone(), *_WEIGHTS[layer_format.scales])
     quantized = FakeQuantLinear(packed, torch.float32)
-    theirs.input_quantizer = quantized.input_quantizer
+    theirs.input_quantizer = fp8_quantizer(packed) if layer_format.format == "fp8" else quantized.input_quantizer
     # Their weight's scales carry one more float32 rounding, 2^-23 each, over 128 products.
     assert torch.allclose(quantized(x), theirs(x), rtol=1e-5, atol=1e-5)
 

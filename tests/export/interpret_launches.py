@@ -55,7 +55,7 @@ def _value(argument: Argument, kind: str, inputs: list[torch.Tensor], outputs: l
 
 
 def random_case(problem: Problem, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Inputs of a problem: projections, gates and weights in `dtype`, tables, rays, decay logits and states in float32."""
+    """Inputs of a problem: projections, gates and weights in `dtype`, tables, rays and states in float32."""
     generator = torch.Generator().manual_seed(7)
     B, H, D, T, S, C = problem.batch, problem.heads, problem.head_dim, problem.frames, problem.tokens, problem.channels
     N = T * S
@@ -67,11 +67,11 @@ def random_case(problem: Problem, dtype: torch.dtype) -> dict[str, torch.Tensor]
     rays = torch.eye(4).expand(1, N, 4, 4) + 0.2 * random(1, N, 4, 4)
     rounded = {
         "qkv": random(B, N, 3 * C), "camera_q": random(B, N, C), "camera_k": random(B, N, C), "camera_v": random(B, N, C),
-        "beta": random(B, N, H), "A_log": random(H), "dt_bias": random(H), "main_conv": random(C, 4), "main_q_norm": random(C),
+        "beta": random(B, N, H), "decay": random(B, N, H), "A_log": random(H), "dt_bias": random(H), "main_conv": random(C, 4), "main_q_norm": random(C),
         "main_k_norm": random(C), "camera_conv": random(C, 4), "camera_q_norm": random(C), "camera_k_norm": random(C),
     }  # fmt: skip
     exact = {
-        "decay_logits": random(B, T, H), "cos": angle.cos(), "sin": angle.sin(), "rays": rays, "rays_inverse": torch.linalg.inv(rays),
+        "cos": angle.cos(), "sin": angle.sin(), "rays": rays, "rays_inverse": torch.linalg.inv(rays),
         "camera_cos": angle[:, : D // 4].cos(), "camera_sin": angle[:, : D // 4].sin(),
     }  # fmt: skip
     if problem.has_state:
@@ -87,7 +87,7 @@ def places_of(problem: Problem, operands: dict[str, torch.Tensor]) -> dict[str, 
     """Every input a tensor of its own, but the main branch's projections, which lie in one."""
     names, C = list(operands), problem.channels
     places = {name: Placed(i, 0, C) for i, name in enumerate(names) if name != "qkv"}
-    places["beta"] = Placed(names.index("beta"), 0, problem.heads)
+    places |= {name: Placed(names.index(name), 0, problem.heads) for name in ("beta", "decay")}
     size = operands["qkv"].element_size()
     return places | {f"main_{part}": Placed(names.index("qkv"), size * C * i, 3 * C) for i, part in enumerate("qkv")}
 
@@ -116,7 +116,7 @@ def main(has_state: bool, commit: bool, carry: bool) -> dict[str, float]:
 
 def definition(problem: Problem, t: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Outputs and new state by the plain definition."""
-    gates = Gates(t["beta"], t["decay_logits"], t["A_log"], t["dt_bias"])
+    gates = Gates(t["beta"], t["decay"], t["A_log"], t["dt_bias"])
     q, k, v = t["qkv"].split(problem.channels, -1)
     common: dict[str, Any] = {"chunks": (problem.frames,), "key_scale": problem.key_scale}
     past = (t["s"], t["z"], t["k_tail"]) if problem.has_state else None

@@ -175,8 +175,11 @@ def test_packed_weights_are_those_of_the_calibration(exact: Lab, make_model: Cal
 def test_products_are_split_by_format(exact: Lab) -> None:
     formats = exact.found.formats
     cameras = ("q_proj_cam", "k_proj_cam", "v_proj_cam")
-    assert formats.merged(0) == {"blocks.0.merged.0": ("qkv",), "blocks.0.merged.1": cameras, "blocks.0.merged.2": ("output_gate",)}
-    assert formats.merged(1) == {"blocks.1.merged.0": ("qkv",), "blocks.1.merged.1": (*cameras, "output_gate")}
+    gates = ("beta_proj", "gate_proj")
+    assert formats.merged(0) == {
+        "blocks.0.merged.0": ("qkv",), "blocks.0.merged.1": cameras, "blocks.0.merged.2": ("output_gate",), "blocks.0.gates": gates,
+    }  # fmt: skip
+    assert formats.merged(1) == {"blocks.1.merged.0": ("qkv",), "blocks.1.merged.1": (*cameras, "output_gate"), "blocks.1.gates": gates}
     # Queries and gate are NVFP4 with one activation scale: their rows are quantized once, by the modulation.
     labels = [step.label for step in exact.lowered["denoise_first"].plan.steps if isinstance(step, Launch)]
     assert [n for n in labels if n.startswith("blocks.0.merged") and n.endswith("quantize")] == ["blocks.0.merged.1.quantize"]

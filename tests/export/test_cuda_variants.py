@@ -88,10 +88,6 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Axes]] = {
     "depthwise": (block_plans.depthwise_glu, {
         "kind": ["bf16", "fp32"], "weight": ["bf16", "fp32"], "height": [4, 6], "width": [4, 6], "gated": [64, 96], **QUANTIZED,
     }),
-    "gate_tiles": (block_plans.gate_tiles, {
-        "kind": ["bf16", "fp32"], "weight": ["bf16", "fp32"], "channels": [64, 96], "heads": [2, 3], "tokens": [4, 60], "beta": [False, True],
-    }),
-    "gate_means": (block_plans.gate_means, {"weight": ["bf16", "fp32"], "heads": [2, 3], "tokens": [4, 60], "beta": [False, True]}),
     "rope_heads": (block_plans.rope_heads, {
         "kind": ["bf16", "fp32"], "weight": ["bf16", "fp32"], "heads": [2, 3], "width": [16, 32], "tokens": [4, 60], "eps": [1e-5, 1e-6],
         "fp8": [False, True],

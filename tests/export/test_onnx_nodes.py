@@ -24,7 +24,7 @@ from sanawm_runtime.engines.onnxruntime import session_options
 T, S, H, D = 3, 4, 2, 8
 N, C = T * S, H * D
 MAIN = {
-    "q": (1, N, C), "k": (1, N, C), "v": (1, N, C), "beta": (1, N, H), "decay": (1, T, H), "A_log": (H,), "dt_bias": (H,),
+    "q": (1, N, C), "k": (1, N, C), "v": (1, N, C), "beta": (1, N, H), "decay": (1, N, H), "A_log": (H,), "dt_bias": (H,),
     "conv": (C, 4), "q_norm": (C,), "k_norm": (C,), "cos": (N, D // 2), "sin": (N, D // 2),
 }  # fmt: skip
 STATE = {"s": (1, H, D, D), "z": (1, H, D), "tail": (1, 3, S, C)}

@@ -32,7 +32,7 @@ quick = settings(max_examples=20, deadline=None)
 
 @dataclass(frozen=True)
 class Case:
-    """Raw inputs of both branches in float64."""
+    """Raw inputs of both branches in float64, `frame` tokens a frame."""
 
     q: Tensor
     k: Tensor
@@ -44,6 +44,7 @@ class Case:
     angles: Tensor
     cam_angles: Tensor
     rays: Tensor
+    frame: int
 
     @property
     def rays_inverse(self) -> Tensor:
@@ -62,16 +63,14 @@ class Case:
 
     def take(self, frames: slice) -> Case:
         """The case on some frames."""
-        T, N = self.gates.decay_logits.shape[1], self.q.shape[1]
-        chosen = torch.arange(N).reshape(T, N // T)[frames].flatten()
-        gates = replace(self.gates, decay_logits=self.gates.decay_logits[:, frames])
-        return replace(self, gates=gates).tokens(chosen)
+        return self.tokens(torch.arange(self.q.shape[1]).reshape(-1, self.frame)[frames].flatten())
 
     def tokens(self, order: Tensor) -> Case:
         """The case with tokens chosen or reordered."""
         per_token = {name: getattr(self, name)[:, order] for name in ("q", "k", "v", "rays")}
         tables = {name: getattr(self, name)[order] for name in ("angles", "cam_angles")}
-        return replace(self, gates=replace(self.gates, beta_logits=self.gates.beta_logits[:, order]), **per_token, **tables)
+        gates = {name: getattr(self.gates, name)[:, order] for name in ("beta_logits", "decay_logits")}
+        return replace(self, gates=replace(self.gates, **gates), **per_token, **tables)
 
 
 def make(seed: int, T: int, S: int = 3, H: int = 2, D: int = 8) -> Case:
@@ -84,10 +83,10 @@ def make(seed: int, T: int, S: int = 3, H: int = 2, D: int = 8) -> Case:
     rays = torch.eye(4, dtype=torch.float64).repeat(1, N, 1, 1)
     rays[..., :3, :3] = torch.linalg.qr(normal(1, N, 3, 3))[0]
     rays[..., :3, 3] = 2 * normal(1, N, 3)
-    gates = Gates(normal(1, N, H), normal(1, T, H), -torch.rand(H, generator=random, dtype=torch.float64), normal(H) - 1)
+    gates = Gates(normal(1, N, H), normal(1, N, H), -torch.rand(H, generator=random, dtype=torch.float64), normal(H) - 1)
     norms = 1 + 0.1 * normal(2, C)
     q, k, v = normal(3, 1, N, C)
-    return Case(q, k, v, gates, normal(C, 4), norms[0], norms[1], normal(N, D // 2), normal(N, D // 4), rays)
+    return Case(q, k, v, gates, normal(C, 4), norms[0], norms[1], normal(N, D // 2), normal(N, D // 4), rays, S)
 
 
 # A second formulation: numpy, one head at a time, the affine form S_t = S_{t-1} W_t + U_t for the forward scan, and for the backward scan the
@@ -141,7 +140,7 @@ def gates_of(case: Case, T: int) -> tuple[NDArray, NDArray]:
     """beta (T, S, H) and decay (T, H) by their formulas."""
     g = case.gates
     beta = 1 / (1 + np.exp(-g.beta_logits.numpy()[0]))
-    softplus = np.log1p(np.exp(g.decay_logits.numpy()[0] + g.dt_bias.numpy()))
+    softplus = np.log1p(np.exp(g.decay_logits.numpy()[0].reshape(T, -1, len(g.dt_bias)).mean(1) + g.dt_bias.numpy()))
     return beta.reshape(T, -1, beta.shape[-1]), np.exp(-np.exp(g.A_log.numpy()) * softplus)
 
 

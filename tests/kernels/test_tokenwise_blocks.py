@@ -81,21 +81,6 @@ def test_depthwise_glu_to_fp8() -> None:
     assert int((out.quantized.values.view(torch.uint8).int() - wanted).abs().max()) <= 1
 
 
-@pytest.mark.parametrize("beta", [True, False])
-def test_gate_logits(beta: bool) -> None:
-    B, T, S, C, H = 2, 3, 19, 600, 5  # more channels than two splits have
-    (u,) = merged(1, B, T * S, C)
-    args = (rand(H, C), rand(H), T) + ((rand(H, C, seed=1), rand(H, seed=1)) if beta else ())
-    strength, decay = fused.gate_logits(u, *args)  # type: ignore[arg-type]
-    wanted_strength, wanted = naive.gate_logits(u.double(), *(a.double() if isinstance(a, torch.Tensor) else a for a in args))  # type: ignore[arg-type]
-    close(decay, wanted, 40)
-    if beta:
-        assert strength is not None and wanted_strength is not None
-        close(strength, wanted_strength, 20)
-    else:
-        assert strength is None and wanted_strength is None
-
-
 def double(*tensors: torch.Tensor) -> list[Any]:
     return [x.double() for x in tensors]
 
@@ -176,10 +161,6 @@ def test_wrong_inputs_are_refused() -> None:
         fused.depthwise_glu(x, rand(64, 9).t(), rand(64), (3, 5))
     with pytest.raises(ValueError, match="fp8_rows"):
         fused.depthwise_glu(x, rand(9, 64), rand(64), (3, 5), quantize=Quantize("fp8_rows"))
-    with pytest.raises(ValueError, match="whole frames"):
-        fused.gate_logits(x, rand(4, 64), rand(4), 2)
-    with pytest.raises(ValueError, match="both or neither"):
-        fused.gate_logits(x, rand(4, 64), rand(4), 3, rand(4, 64))
     cos, sin = tables(15, 16)
     with pytest.raises(ValueError, match="float32 cos table"):
         fused.rope_heads(x, x, rand(64), rand(64), cos.double(), sin, 2, 1e-5)

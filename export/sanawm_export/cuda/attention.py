@@ -9,7 +9,6 @@ from sanawm_export.cuda.context import Context, Rows
 from sanawm_export.cuda.products import parts_of_squares, product, tile_quantization
 from sanawm_export.cuda.projections import Merged
 from sanawm_export.cuda.tape import row_stride
-from sanawm_export.cuda.tokens import gate_logits
 from sanawm_kernels.attention import plans
 from sanawm_kernels.attention.table import pair_tile, paired, tile
 from sanawm_kernels.gdn import plans as gdn
@@ -34,12 +33,11 @@ class Past:
 
 
 def gdn_attention(
-    ctx: Context, block: str, u: Rows, merged: Merged, camera: dict[str, View], frames: int, past: Past, new: dict[str, View] | None
+    ctx: Context, block: str, merged: Merged, camera: dict[str, View], frames: int, past: Past, new: dict[str, View] | None
 ) -> tuple[View, Rows]:
     """Both branches of a gated delta network in four launches, (main, camera) (M, C) each; with `new` its state is written."""
     c, tape = ctx.config, ctx.tape
     M, C = merged.rows, c.hidden
-    logits, beta = gate_logits(ctx, "decay", u.values, block, frames, merged.beta)
     precision = "bf16" if ctx.kind == "bf16" else "ieee"
     problem = gdn.Problem(
         1, c.heads, c.head_dim, frames, c.tokens_per_frame, c.key_scale, kind=ctx.kind, weight_kind=ctx.kind, gate_kind=ctx.kind, precision=precision,
@@ -47,11 +45,12 @@ def gdn_attention(
     )  # fmt: skip
     settings = gdn.row(problem, "summarize", ctx.target).settings
     bindings: dict[str, Any] = {
-        "beta": beta, "beta_row": row_stride(beta), "beta_batch": M * row_stride(beta), "decay_logits": logits,
         "A_log": ctx.weight(f"{block}.A_log"), "dt_bias": ctx.weight(f"{block}.dt_bias"),
         "rays": camera["rays"], "rays_inverse": camera["rays_inverse"], "rays_batch": 0,
         "cos": camera["cos"], "sin": camera["sin"], "camera_cos": camera["cam_cos"], "camera_sin": camera["cam_sin"],
     }  # fmt: skip
+    for name, logits in (("beta", merged.beta), ("decay", merged.decay)):
+        bindings |= {name: logits, f"{name}_row": row_stride(logits), f"{name}_batch": M * row_stride(logits)}
     bindings |= _gdn_state(past.last, new)
     writes = {name for name in bindings if name.endswith("_out")}
     with tape.group():
@@ -81,7 +80,7 @@ def gdn_attention(
 # Scratch tensors that each phase fills.
 _WRITTEN = {
     "prepare": ("main_keys", "plain_keys", "camera_keys", "camera_values", "growth", "q_scale"),
-    "summarize": ("gram", "update", "column", "inflation"),
+    "summarize": ("gram", "update", "column", "inflation", "decay_sums"),
     "combine": ("applied", "applied_scale", "applied_z"),
     "apply": (),
 }

@@ -30,6 +30,8 @@ ENCODERS = ("text_encoder", "image_encoder")
 RUNS = 5
 # Units of a camera's move in a latent frame, and latent frames to its turning point: far away its logits differ by hundreds (`pair.HEADROOM`).
 STRIDE, WALK = 0.1, 120
+# Clips that are decoded, too.
+DECODED = 2
 # Chunks after which every graph is recorded: a stream alternates two sets of state.
 WARM = 4
 
@@ -49,7 +51,7 @@ class Span:
 
 @dataclass
 class Times:
-    """Seconds. `encode` by encoder, `camera` and `chunk` (its steps and the clean pass) one entry a chunk of the last denoising of a clip,
+    """Seconds. `encode` by encoder; `camera` and `chunk` (its steps and the clean pass) one entry a chunk for each clip that was denoised, and
     `period` from the end of a chunk to the end of the next; `decode` one entry a latent frame; `denoise` and `clip` (decoded frames on the host
     too) one entry a clip; `first` from prompt and picture to the first frame, both on the host.
     """
@@ -57,9 +59,9 @@ class Times:
     load: float = 0.0
     encode: dict[str, list[float]] = field(default_factory=dict)
     first: list[float] = field(default_factory=list)
-    camera: list[float] = field(default_factory=list)
-    chunk: list[float] = field(default_factory=list)
-    period: list[float] = field(default_factory=list)
+    camera: list[list[float]] = field(default_factory=list)
+    chunk: list[list[float]] = field(default_factory=list)
+    period: list[list[float]] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     denoise: list[float] = field(default_factory=list)
     clip: list[float] = field(default_factory=list)
@@ -78,7 +80,7 @@ class Memory:
 class Bench:
     """Clips of random latents and poses through a bundle's programs."""
 
-    def __init__(self, bundle: Bundle, frames: int, engine: CudaEngine, seed: int = 0, clips: int = 2) -> None:
+    def __init__(self, bundle: Bundle, frames: int, engine: CudaEngine, seed: int = 0, clips: int = 5) -> None:
         world = bundle.manifest.config
         self.bundle, self.engine, self.clips = bundle, engine, clips
         self.random = np.random.default_rng(seed)
@@ -179,12 +181,12 @@ class Bench:
             self.engine.synchronize()
             self.times.denoise.append(time.perf_counter() - begin)
             used.append(device.used_bytes())
-        marks = self.clip.marks
-        self.times.camera = [camera.since(start) for start, camera, _ in marks]
-        self.times.chunk = [end.since(camera) for _, camera, end in marks]
-        self.times.period = [b[2].since(a[2]) for a, b in itertools.pairwise(marks)]
+            marks = self.clip.marks
+            self.times.camera.append([camera.since(start) for start, camera, _ in marks])
+            self.times.chunk.append([end.since(camera) for _, camera, end in marks])
+            self.times.period.append([b[2].since(a[2]) for a, b in itertools.pairwise(marks)])
         if self.decodes:
-            for _ in range(self.clips):
+            for _ in range(min(self.clips, DECODED)):
                 self._decoded_clip(values)
                 used.append(device.used_bytes())
         self.memory = Memory(min(used), max(used), device.allocations - allocations)

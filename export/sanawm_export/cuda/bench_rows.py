@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sanawm_export.cuda.bench import RUNS, WARM, Bench
+from sanawm_export.cuda.bench import RUNS, Bench
 from sanawm_export.cuda.bench_operations import Operation, operations, step_times
 from sanawm_export.cuda.cost import Gpu, floor_us
 from sanawm_runtime.bundle import Bundle
@@ -46,7 +46,11 @@ def rows(bench: Bench, gpu: Gpu | None) -> list[dict[str, Any]]:
     for kind in kinds:
         for name, n in (("camera_first" if kind == "first" else "camera", 1), (f"denoise_{kind}", steps), (f"commit_{kind}", 1)):
             whole[name] = whole.get(name, 0) + n
-    settled = slice(WARM - 1, None) if len(chunks) > WARM else slice(None)
+
+    def settled(clips: Sequence[Sequence[float]]) -> list[float]:
+        """Those of the third chunk on, whose window no longer grows."""
+        return [value for clip in clips for value in clip[len(clip) - len(chunks) + 2 :]]
+
     clip = f"{frames}f.{recipe}"
     found = [row(f"engine.load.{recipe}", "wall", [times.load], None, "reading or making, packing and sending all weights")]
     cases = [
@@ -56,26 +60,36 @@ def rows(bench: Bench, gpu: Gpu | None) -> list[dict[str, Any]]:
          "the same with every chunk decoded and its frames copied to the host beside the next one's denoising"),
         (f"engine.first_frame.{recipe}", "wall", times.first, None,
          "token ids and picture on the host to the first frame on the host; recorded graphs"),
-        (f"engine.camera.{recipe}", "device", times.camera[settled], floor({"camera": 1}), "one chunk's camera program"),
-        (f"engine.chunk.{recipe}", "device", times.chunk[settled], floor({"denoise_steady": steps, "commit_steady": 1}),
+        (f"engine.camera.{recipe}", "device", settled(times.camera), floor({"camera": 1}), "one chunk's camera program"),
+        (f"engine.chunk.{recipe}", "device", settled(times.chunk), floor({"denoise_steady": steps, "commit_steady": 1}),
          f"{steps} denoising steps and the clean pass of one chunk, one graph"),
-        (f"engine.period.{recipe}", "device", times.period[settled], None, "from the end of a chunk to the end of the next"),
+        (f"engine.period.{recipe}", "device", settled(times.period), None, "from the end of a chunk to the end of the next"),
         (f"engine.decode.{recipe}", "device", times.decode, floor({"decode": 1}) if "decode" in plans else None, "one latent frame to eight frames"),
         *((f"engine.{name}.{recipe}", "device", values, floor({name: 1}), _ENCODES[name]) for name, values in times.encode.items()),
     ]  # fmt: skip
     found += [row(*case) for case in cases if case[2]]
-    period = times.period[settled]
-    if period:
-        middle = statistics.median(period)
-        spread = max(abs(value - middle) for value in period) / middle
-        found.append(row(f"engine.steadiness.{recipe}", "largest distance of a chunk's time from the median", [spread], None,
-                          f"chunks {WARM} to {len(chunks)}, from end to end", unit="1"))  # fmt: skip
+    if settled(times.period):
+        found += _steadiness(recipe, [settled([clip]) for clip in times.period], f"chunks 3 to {len(chunks)}, from end to end")
     memory = bench.memory
     found.append(row(f"engine.memory.{recipe}", "most", [memory.most / 1e9], None, "whole device while clips are made, without encoders", unit="GB"))
     found.append(row(f"engine.memory.growth.{recipe}", "most - least", [(memory.most - memory.least) / 1e9], None,
                       "whole device from the end of the first chunk on", unit="GB"))  # fmt: skip
     found.append(row(f"engine.allocations.{recipe}", "count", [float(memory.allocations)], None,
                       "blocks of device or page-locked memory allocated after the first chunk", unit="1"))  # fmt: skip
+    return found
+
+
+def _steadiness(recipe: str, clips: Sequence[Sequence[float]], includes: str) -> list[dict[str, Any]]:
+    """How far chunks' times lie from the middle one: each chunk's median over the clips, which tells whether time depends on the place in the clip,
+    and every single one, which tells how far the device's clock wanders."""
+    found = []
+    for name, metric, values in (
+        ("steadiness", f"largest distance of a chunk's median of {len(clips)} clips from the median", [statistics.median(c) for c in zip(*clips)]),
+        ("steadiness.single", "largest distance of a single chunk's time from the median", [value for clip in clips for value in clip]),
+    ):
+        middle = statistics.median(values)
+        spread = max(abs(value - middle) for value in values) / middle
+        found.append(row(f"engine.{name}.{recipe}", metric, [spread], None, includes, unit="1"))
     return found
 
 

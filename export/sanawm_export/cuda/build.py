@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from sanawm_export.build import PROMPT_FILE, TOKENIZER_FILE, BuildRequest, Progr
 from sanawm_export.bundle_writer import BundleWriter
 from sanawm_export.cuda.calibrated import CalibratedRecipe, build_formats
 from sanawm_export.cuda.formats import ASSUMED_AMAX, Formats
-from sanawm_export.cuda.lower import lower_parts
+from sanawm_export.cuda.lower import PARTS, lower_parts
 from sanawm_export.cuda.tape import Lowered
 from sanawm_export.cuda.text_weights import check_text_settings
 from sanawm_export.parts import load_part
@@ -47,10 +47,13 @@ MEASURED_ON = "sm_90"
 _NVFP4_CAPABILITIES = ("sm_120", "sm_121")
 
 
-def build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Bundle:
+def build_cuda(
+    request: BuildRequest, out: Path, *, overwrite: bool = False, progress: Progress | None = None, parts: Collection[str] = PARTS
+) -> Bundle:
     """Write a bundle of all programs and the Euler step for one architecture; needs no GPU.
 
-    Raises UserError; leaves a whole bundle at `out` or what was there.
+    With fewer `parts` it has only their programs: good for measuring them, not for a clip. Raises UserError; leaves a whole bundle at `out` or
+    what was there.
     """
     request.checkpoint.check()
     prompt = open_prompt(request.checkpoint)
@@ -68,7 +71,7 @@ def build_cuda(request: BuildRequest, out: Path, *, overwrite: bool = False, pro
     def add_more(writer: BundleWriter) -> None:
         add_prompt(writer, request.checkpoint)
 
-    return write_bundle(request, out, prompt.max_length, choice, add_weights, add_more, overwrite=overwrite, progress=progress)
+    return write_bundle(request, out, prompt.max_length, choice, add_weights, add_more, overwrite=overwrite, progress=progress, parts=parts)
 
 
 def build_cuda_synthetic(
@@ -181,8 +184,9 @@ def write_bundle(
     *,
     overwrite: bool,
     progress: Progress | None,
+    parts: Collection[str] = PARTS,
 ) -> Bundle:
-    """Lower, compile and write everything; `add_weights` writes a part's weights and says where they are, `add_more` what else belongs there.
+    """Lower, compile and write `parts`; `add_weights` writes a part's weights and says where they are, `add_more` what else belongs there.
 
     `choice` has the formats and, where they are calibrated, the recipe that they come from.
     """
@@ -190,7 +194,8 @@ def write_bundle(
     world, target = request.checkpoint.world, capability_number(request, formats)
     first = first_chunk_frames(request.latent_frames, world.stream.chunk_frames)
     geometry = Geometry(world, prompt_tokens, first, "bfloat16")
-    lowered = lower_parts(geometry, formats, target)
+    every = lower_parts(geometry, formats, target)
+    lowered = {key: every[key] for key in parts}
     signatures = programs(geometry) | euler_programs(geometry)
     entries: dict[str, ProgramEntry] = {}
     with BundleWriter(out, overwrite=overwrite) as writer:

@@ -82,7 +82,7 @@ def plan(
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--frames", default=961, show_default=True, help="Clip length 8k + 1.")
-@click.option("--clips", default=2, show_default=True, help="How often the whole clip is made.")
+@click.option("--clips", default=5, show_default=True, help="How often the whole clip is denoised; two of them are decoded, too.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random latents, text and maps.")
 @click.option("--operations", default=10, show_default=True, help="Runs in which every launch is timed; 0: none.")
 @click.option("--endurance", default=0, show_default=True, help="Chunks of a long stream, whose time and memory are watched; 0: none.")

@@ -73,14 +73,6 @@ def norm_rows(a: Arguments, c: Arguments) -> None:
     a["out"].copy_(tokenwise.rms_norm(a["x"], a["weight"], c["EPS"]))
 
 
-def gate_means(a: Arguments, c: Arguments) -> None:
-    frames = a["out"].shape[0]
-    beta, decay = tokenwise.gate_logits(_batched(a["u"]), a["decay_weight"], a["decay_bias"], frames, a.get("beta_weight"), a.get("beta_bias"))
-    a["out"].copy_(decay[0])
-    if beta is not None:
-        a["beta"].copy_(beta[0])
-
-
 def depthwise_glu(a: Arguments, c: Arguments) -> None:
     _store(a, *tokenwise.depthwise_glu(_batched(a["x"]), a["taps"], a["bias"], (c["H"], c["W"]), quantize=_request(a, c)))
 
@@ -130,7 +122,7 @@ def cross_attention(a: Arguments, c: Arguments) -> None:
 
 def block_gdn(a: Arguments, c: Arguments) -> None:
     chunks, scale = (c["T"],), c["KEY_SCALE"]
-    gates = Gates(_batched(a["beta"]), _batched(a["decay_logits"]), a["A_log"], a["dt_bias"])
+    gates = Gates(_batched(a["beta"]), _batched(a["decay"]), a["A_log"], a["dt_bias"])
     q, k, v = (_batched(a[f"main_{n}"]) for n in ("q", "k", "v"))
     cam_q, cam_k, cam_v = (_batched(a[f"camera_{n}"]) for n in ("q", "k", "v"))
     state = camera_state = None
@@ -299,7 +291,6 @@ def selection(a: Arguments, c: Arguments) -> None:
 DEFINITIONS: Mapping[str, Callable[[Arguments, Arguments], None]] = {
     "sanawm_kernels.tokenwise.rows:update_rows": update_rows,
     "sanawm_kernels.tokenwise.rows:norm_rows": norm_rows,
-    "sanawm_kernels.tokenwise.gates:gate_means": gate_means,
     "sanawm_kernels.tokenwise.depthwise:depthwise_glu": depthwise_glu,
     "sanawm_kernels.tokenwise.heads:rope_heads": rope_heads,
     "sanawm_kernels.tokenwise.heads:ucpe_heads": ucpe_heads,

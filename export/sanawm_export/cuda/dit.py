@@ -109,18 +109,18 @@ def _block(
 ) -> View:  # fmt: skip
     """One block on the residual stream x (M, C).
 
-    In the clean pass nothing reads the last block's output but the next chunk, which needs what its last frame carries on: after the attention's keys,
-    values and states the block is computed for that frame alone, and stops before its temporal convolution.
+    In the clean pass nothing reads the last block's output but the next chunk, which needs what its last frame carries on: after attention's keys,
+    values and states the block is computed for that frame alone, up to its temporal convolution.
     """
     c, name = ctx.config, f"blocks.{i}"
     S, M = c.tokens_per_frame, x.shape[0]
     shift1, scale1, gate1, shift2, scale2, gate2 = (modulation.part(6 * i + j) for j in range(6))
-    u, merged = project(ctx, i, x, shift1, scale1)
+    merged = project(ctx, i, x, shift1, scale1)
     wanted = S if last else M
     if c.is_softmax(i):
         main, cam = softmax_attention(ctx, name, merged, camera, past, new, wanted)
     else:
-        main, cam = gdn_attention(ctx, name, u, merged, camera, T, past, new)
+        main, cam = gdn_attention(ctx, name, merged, camera, T, past, new)
         main, cam = main.last(wanted), cam.last(wanted)
     x, gate = x.last(wanted), merged.part(6).last(wanted)
     plucker = ctx.tape.input(f"plucker.{i}").reshape(M, c.hidden).last(wanted)

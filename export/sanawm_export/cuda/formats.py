@@ -25,8 +25,10 @@ _FP8 = ("merged", "out_cam", "proj", "cross_q", "cross_proj", "inverted", "point
 _LATE = ("inverted", "point")
 # The published search keeps the FFN of the first 6 of 20 blocks in FP8 (SANA-Streaming).
 _EARLY_SHARE = 0.3
-# Layers that read a block's modulated input, in the order in which their rows are stacked.
-MERGED = ("qkv", "q_proj_cam", "k_proj_cam", "v_proj_cam", "output_gate", "beta_proj")
+# Layers that read a block's modulated input, in the order in which their rows are stacked; then those of a recurrent block's write strengths and
+# decays, which no precision quantizes: an error there multiplies the state of all frames that follow.
+PROJECTIONS = ("qkv", "q_proj_cam", "k_proj_cam", "v_proj_cam", "output_gate")
+GATES = ("beta_proj", "gate_proj")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Formats:
     """Format of each product by its packed name (`blocks.3.merged`); what is not named is plain.
 
     `splits` has, by block, the layers of each product that reads the block's modulated input; a block that is not named has one product of all
-    MERGED. The write strengths may be left out: then they are computed beside the decay, in the activations' dtype.
+    PROJECTIONS and GATES, and in the others the gates have a product of their own.
     """
 
     table: Mapping[str, Format] = field(default_factory=dict)
@@ -78,9 +80,12 @@ class Formats:
         return self.table.get(name, PLAIN)
 
     def merged(self, block: int) -> dict[str, tuple[str, ...]]:
-        """Layers (of MERGED) of each product of a block's modulated input, by packed name."""
-        groups = self.splits.get(block, (MERGED,))
-        return {f"blocks.{block}.merged" + (f".{n}" if len(groups) > 1 else ""): group for n, group in enumerate(groups)}
+        """Layers of each product of a block's modulated input, by packed name."""
+        groups = self.splits.get(block)
+        if groups is None:
+            return {f"blocks.{block}.merged": (*PROJECTIONS, *GATES)}
+        found = {f"blocks.{block}.merged" + (f".{n}" if len(groups) > 1 else ""): group for n, group in enumerate(groups)}
+        return found | {f"blocks.{block}.gates": GATES}
 
     def uses(self, kind: Kind) -> bool:
         return any(f.kind == kind for f in self.table.values())
@@ -107,7 +112,7 @@ def formats_for(config: DiTConfig, precision: str) -> Formats:
                 table[name] = Format("nvfp4", ASSUMED_AMAX / (E4M3_MAX * E2M1_MAX))
             elif part in _FP8:
                 table[name] = Format("fp8")
-    return Formats(table)
+    return Formats(table, dict.fromkeys(range(config.depth), (PROJECTIONS,)) if table else {})
 
 
 def _is_nvfp4(precision: str, part: str, block: int, depth: int) -> bool:

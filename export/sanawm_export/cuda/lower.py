@@ -22,6 +22,9 @@ from sanawm_kernels.chunk import plans as chunk
 from sanawm_runtime.engines._cuda_pack import Packed
 from sanawm_runtime.engines._cuda_plan import TRITON_TYPES, Argument, Buffer, Launch, Plan, View, dense
 
+# What shares weights: the transformer, the decoder, and the encoders of pictures and of prompts.
+PARTS = ("dit", "vae", "image", "text")
+
 
 def dit_weights(geometry: Geometry, formats: Formats | None = None) -> DiTWeights:
     """Packed weights of the transformer for a geometry."""

@@ -1,11 +1,12 @@
-"""Products of a block's modulated input: queries, keys and values of both branches, the output gate, the write strengths."""
+"""Products of a block's modulated input: queries, keys and values of both branches, the output gate, write strengths and decays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sanawm_export.cuda.context import Context, Rows
+from sanawm_export.cuda.context import Context
+from sanawm_export.cuda.formats import GATES
 from sanawm_export.cuda.products import Forms, product
 from sanawm_export.cuda.tokens import modulate
 from sanawm_export.cuda.weights import DiTWeights
@@ -32,13 +33,18 @@ class Merged:
         return self.slices["qkv"].shape[0]
 
     @property
-    def beta(self) -> View | None:
-        """Logits of the write strengths, (M, H); None where no merged product makes them."""
-        return self.slices.get("beta_proj")
+    def beta(self) -> View:
+        """Logits of the tokens' write strengths, (M, H); only recurrent blocks have them."""
+        return self.slices["beta_proj"]
+
+    @property
+    def decay(self) -> View:
+        """What a frame's tokens add to the mean that is its decay logit, (M, H); rows as far apart as those of `beta`."""
+        return self.slices["gate_proj"]
 
 
-def project(ctx: Context, block: int, x: View, shift: View, scale: View) -> tuple[Rows, Merged]:
-    """Modulate the residual stream and multiply it by the weights that read it: the modulated rows and the products.
+def project(ctx: Context, block: int, x: View, shift: View, scale: View) -> Merged:
+    """Modulate the residual stream and multiply it by the weights that read it.
 
     There is one product for each format among the layers. Modulation writes the form of the first quantized one, and plain rows where something
     else needs them; each further form takes a launch.
@@ -48,14 +54,13 @@ def project(ctx: Context, block: int, x: View, shift: View, scale: View) -> tupl
     groups = weights.merged(block)
     quantized = [name for name in groups if weights.formats.of(name).quant]
     lead = (quantized or list(groups))[0]
-    u = modulate(ctx, "modulate1", x, shift, scale, lead, keep=len(groups) > 1 or not c.is_softmax(block))
-    forms = Forms(ctx, u, lead)
+    forms = Forms(ctx, modulate(ctx, "modulate1", x, shift, scale, lead, keep=len(groups) > 1), lead)
     slices: dict[str, View] = {}
     for name, layers in groups.items():
         label = name.removeprefix(f"blocks.{block}.")
         done, column = product(ctx, label, name, forms.of(label, name)).values, 0
         for layer in layers:
-            width = {"qkv": 3 * c.hidden, "beta_proj": c.heads}.get(layer, c.hidden)
+            width = {"qkv": 3 * c.hidden, **dict.fromkeys(GATES, c.heads)}.get(layer, c.hidden)
             slices[layer] = done.narrow(1, column, width)
             column += width
-    return u, Merged(slices)
+    return Merged(slices)

@@ -10,7 +10,7 @@ from sanawm.config import DiTConfig
 from sanawm.errors import UserError
 from sanawm_calibration.recipe import WEIGHT_BITS, LayerFormat, LayerTable, layer_table, load_recipe
 from sanawm_calibration.roles import Layer, quantizable
-from sanawm_export.cuda.formats import MERGED, PRECISIONS, Format, Formats, formats_for
+from sanawm_export.cuda.formats import GATES, PRECISIONS, PROJECTIONS, Format, Formats, formats_for
 
 # Products by packed name and the layers they are made of, both within a block, besides those of the modulated input.
 _LAYERS = {
@@ -74,7 +74,8 @@ def recipe_formats(config: DiTConfig, asked: Mapping[str, LayerFormat], scale_of
         if groups:
             splits[i] = groups
         for packed, group in Formats(splits=splits).merged(i).items() if groups else ():
-            add(packed, tuple(f"blocks.{i}.attn.{layer}" for layer in group))
+            if group != GATES:
+                add(packed, tuple(f"blocks.{i}.attn.{layer}" for layer in group))
         for part, layer in _LAYERS.items():
             add(f"blocks.{i}.{part}", (f"blocks.{i}.{layer}",))
     return RecipeFormats(table, Formats(formats, splits), layers, widened)
@@ -93,14 +94,10 @@ def _widen(config: DiTConfig, asked: Mapping[str, LayerFormat]) -> tuple[LayerTa
 
 
 def _groups(config: DiTConfig, table: Mapping[str, LayerFormat], block: int) -> tuple[tuple[str, ...], ...]:
-    """Layers of each product of a block's modulated input; none where nothing there is quantized, and one product makes all.
-
-    The write strengths, which stay in the activations' dtype, are then computed beside the decay.
-    """
+    """Layers of each product of a block's modulated input but its gates; none where nothing there is quantized, and one product makes all."""
     found: dict[LayerFormat, list[str]] = {}
-    for layer in MERGED:
-        if layer != "beta_proj":
-            found.setdefault(table[f"blocks.{block}.attn.{layer}"], []).append(layer)
+    for layer in PROJECTIONS:
+        found.setdefault(table[f"blocks.{block}.attn.{layer}"], []).append(layer)
     if all(entry.format == "bf16" for entry in found):
         return ()
     return tuple(tuple(group) for group in found.values())

@@ -32,29 +32,6 @@ def rms_norm(ctx: Context, label: str, x: View, weight: View, eps: float, out: V
     return result
 
 
-def gate_logits(ctx: Context, label: str, u: View, block: str, frames: int, beta: View | None) -> tuple[View, View]:
-    """Logits of a frame's decay from its mean token, (frames, H) float32, and of each token's write strength, (M, H).
-
-    The write strengths are those of the merged projection where it has them (`beta`), else they are computed in the same launch.
-    """
-    M, C = u.shape
-    H = ctx.config.heads
-    tiles = block_plans.gate_tiles(ctx.kind, ctx.kind, C, H, M // frames, beta is None)
-    means = block_plans.gate_means(ctx.kind, H, M // frames, beta is None)
-    with ctx.tape.group():
-        partial = ctx.tensor(f"{label}.partial", frames, means.constexprs["SHARES"], means.constexprs["BH"], dtype="float32")
-        out = ctx.tensor(label, frames, H, dtype="float32")
-        weight, bias = ctx.weight(f"{block}.decay.weight"), ctx.weight(f"{block}.decay.bias")
-        bindings = {"u": u, "u_row": row_stride(u), "decay_weight": weight, "partial": partial}
-        products = 1
-        if beta is None:
-            beta, products = ctx.tensor("beta", M, H), 2
-            bindings |= {"beta": beta, "beta_weight": ctx.weight(f"{block}.beta.weight"), "beta_bias": ctx.weight(f"{block}.beta.bias")}
-        ctx.tape.launch(f"{label}.tiles", tiles, bindings, ("partial", "beta"), flops=products * 2 * M * C * H, unit=ctx.kind, FRAMES=frames)
-        ctx.tape.launch(label, means, {"partial": partial, "decay_bias": bias, "out": out}, ("out",), FRAMES=frames)
-    return out, beta
-
-
 def depthwise_glu(ctx: Context, label: str, x: View, block: str, frames: int, product: str) -> Rows:
     """Depthwise 3x3 of every frame and gated linear unit, (M, 2G) -> (M, G), quantized for `product` where a tile can."""
     M, G, c = x.shape[0], x.shape[1] // 2, ctx.config

@@ -8,7 +8,7 @@ from functools import cached_property
 from sanawm.camera.rope import rope_grid
 from sanawm.config import DiTConfig
 from sanawm.keys import dit_tensors
-from sanawm_export.cuda.formats import Format, Formats
+from sanawm_export.cuda.formats import GATES, Format, Formats
 from sanawm_kernels.gemm.variants import padded
 from sanawm_runtime.engines._cuda_pack import Encoding, Packed, Source
 
@@ -35,9 +35,11 @@ class DiTWeights:
         return found
 
     def merged(self, block: int) -> dict[str, tuple[str, ...]]:
-        """Layers of each product of a block's modulated input by packed name; softmax blocks have no write strengths."""
-        skipped = ("beta_proj",) if self.config.is_softmax(block) else ()
-        return {name: tuple(n for n in layers if n not in skipped) for name, layers in self.formats.merged(block).items()}
+        """Layers of each product of a block's modulated input by packed name; softmax blocks have no gates."""
+        groups = self.formats.merged(block)
+        if self.config.is_softmax(block):
+            groups = {name: tuple(layer for layer in layers if layer not in GATES) for name, layers in groups.items()}
+        return {name: layers for name, layers in groups.items() if layers}
 
     def _source(self, name: str) -> Source:
         return Source(name, self._shapes[name])
@@ -96,15 +98,11 @@ class DiTWeights:
             yield from self._product(merged, columns, C, sources)
             biases = (Source("", (3 * C,)) if layer == "qkv" else self._source(f"{attn}.{layer}.bias") for layer in layers)
             yield self._plain(f"{merged}.bias", (columns,), *biases)
-        if not c.is_softmax(i) and not any("beta_proj" in layers for layers in self.merged(i).values()):
-            yield from self._linear(f"{name}.beta", f"{attn}.beta_proj", H, C)
         for norm in ("q_norm", "k_norm", "q_norm_cam", "k_norm_cam"):
             yield self._plain(f"{name}.{norm}", (C,), self._source(f"{attn}.{norm}.weight"))
         if not c.is_softmax(i):
             for conv in ("conv_k", "conv_k_cam"):
                 yield self._plain(f"{name}.{conv}", (C, c.conv_kernel), self._source(f"{attn}.{conv}.weight"))
-            yield self._plain(f"{name}.decay.weight", (H, C), self._source(f"{attn}.gate_proj.weight"))
-            yield self._plain(f"{name}.decay.bias", (H,), self._source(f"{attn}.gate_proj.bias"))
             for gate in ("A_log", "dt_bias"):
                 yield self._plain(f"{name}.{gate}", (H,), self._source(f"{attn}.{gate}"))
         yield from self._linear(f"{name}.out_cam", f"{attn}.out_proj_cam", C, C)

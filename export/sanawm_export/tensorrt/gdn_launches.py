@@ -102,7 +102,7 @@ def _strides(problem: Problem, places: Mapping[str, Placed]) -> dict[str, Argume
     tokens = problem.frames * problem.tokens
     rows = {
         "main": places["main_q"].row, "camera": places["camera_q"].row, "main_out": problem.channels, "camera_out": problem.channels,
-        "beta": places["beta"].row,
+        "beta": places["beta"].row, "decay": places["decay"].row,
     }  # fmt: skip
     found = {"rays_batch": 0 if problem.batch == 1 else tokens * 16}
     for name, distance in rows.items():

@@ -24,8 +24,8 @@ FUSED = ("MainGDN", "CameraGDN")
 _KINDS = {ir.DataType.BFLOAT16: "bf16", ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16"}
 _DTYPES = {ir.DataType.BFLOAT16: "bfloat16", ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16"}
 _IR_DTYPES = {name: dtype for dtype, name in _DTYPES.items()}
-# Inputs of the nodes after q, k, v and the write strengths: gates first, which both share.
-_GATES = ("decay_logits", "A_log", "dt_bias")
+# Inputs of the nodes after q, k, v and the tokens' gate logits: what both share first.
+_GATES = ("A_log", "dt_bias")
 _MAIN = ("main_conv", "main_q_norm", "main_k_norm", "cos", "sin")
 _CAMERA = ("camera_conv", "camera_q_norm", "camera_k_norm", "rays", "rays_inverse", "camera_cos", "camera_sin")
 
@@ -67,7 +67,8 @@ def _fuse(graph: ir.Graph, main: ir.Node, camera: ir.Node, capability: str, comp
     for name, node in (("main", main), ("camera", camera)):
         operands.add_projections(name, node.inputs[:3])
     operands.add_part("beta", main.inputs[3])
-    for name, value in zip((*_GATES, *_MAIN), main.inputs[4:12], strict=True):
+    operands.add_part("decay", main.inputs[4])
+    for name, value in zip((*_GATES, *_MAIN), main.inputs[5:12], strict=True):
         operands.add(name, value)
     for name, value in zip(_CAMERA, camera.inputs[7:14], strict=True):
         operands.add(name, value)

@@ -110,14 +110,14 @@ def _check_branch(name: str, branch: MainBranch | CameraBranch, p: Problem, q: T
 
 
 def _check_gates(gates: Gates, p: Problem, q: Tensor) -> None:
-    B, H, N, T = p.batch, p.heads, p.frames * p.tokens, p.frames
-    beta = gates.beta_logits
-    if tuple(beta.shape) != (B, N, H) or beta.dtype != q.dtype or beta.device != q.device or beta.stride(-1) != 1:
-        raise ValueError(
-            f"beta_logits: expected {q.dtype} of shape {(B, N, H)} on {q.device} with adjacent heads, "
-            f"found {beta.dtype} of shape {tuple(beta.shape)} with strides {beta.stride()} on {beta.device}"
-        )
-    _exactly("decay_logits", gates.decay_logits, (B, T, H), torch.float32, q.device)
+    B, H, N = p.batch, p.heads, p.frames * p.tokens
+    for name in ("beta_logits", "decay_logits"):
+        x = getattr(gates, name)
+        if tuple(x.shape) != (B, N, H) or x.dtype != q.dtype or x.device != q.device or x.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: expected {q.dtype} of shape {(B, N, H)} on {q.device} with adjacent heads, "
+                f"found {x.dtype} of shape {tuple(x.shape)} with strides {x.stride()} on {x.device}"
+            )
     if gates.A_log.dtype not in _KINDS:
         raise TypeError(f"A_log: expected bfloat16 or float32, found {gates.A_log.dtype}")
     for name in ("A_log", "dt_bias"):

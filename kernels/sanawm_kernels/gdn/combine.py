@@ -24,25 +24,31 @@ def _sum_splits(x, inside, STRIDE: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _decays(decay_logits, A_log, dt_bias, H: tl.constexpr, T: tl.constexpr):
+def _mean(sums, S: tl.constexpr, SPLITS: tl.constexpr):
+    """Mean over a frame's S tokens of the splits' sums."""
+    total = tl.load(sums)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(sums + split)
+    return total / S
+
+
+@triton.jit
+def _decays(decay_sums, A_log, dt_bias, T: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr):
     """The frames' decay factors, as a tuple."""
     rate, bias = tl.load(A_log).to(tl.float32), tl.load(dt_bias).to(tl.float32)
     found = ()
     for t in tl.static_range(T):
-        found = found + (decay_factor(tl.load(decay_logits + t * H).to(tl.float32), rate, bias),)  # type: ignore[assignment] # noqa: RUF005
+        found = found + (decay_factor(_mean(decay_sums + t * SPLITS, S, SPLITS), rate, bias),)  # type: ignore[assignment] # noqa: RUF005
     return found
 
 
 @triton.jit
-def _corrections(inflation, slot, T: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr, CAMERA: tl.constexpr):
+def _corrections(inflation, T: tl.constexpr, S: tl.constexpr, SPLITS: tl.constexpr, CAMERA: tl.constexpr):
     """1 / max(1, mean inflation) of each frame in the camera branch, 1 in the main branch, as a tuple."""
     found = ()
     for t in tl.static_range(T):
         if CAMERA:
-            total = tl.load(inflation + slot + t * SPLITS)
-            for split in tl.static_range(1, SPLITS):
-                total += tl.load(inflation + slot + t * SPLITS + split)
-            found = found + (1.0 / tl.maximum(total / S, 1.0),)  # type: ignore[assignment] # noqa: RUF005
+            found = found + (1.0 / tl.maximum(_mean(inflation + t * SPLITS, S, SPLITS), 1.0),)  # type: ignore[assignment] # noqa: RUF005
         else:
             found = found + (1.0,)  # type: ignore[assignment] # noqa: RUF005
     return found
@@ -60,8 +66,8 @@ def _effect(
 
 @triton.jit
 def _scan_rows(
-    gram, update, inflation, slot, state_in, state_out, carried, applied, applied_scale, frames, decay_logits, A_log, dt_bias, block,
-    H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    gram, update, inflation, state_in, state_out, carried, applied, applied_scale, frames, decay_sums, A_log, dt_bias, block,
+    T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     PRECISION: tl.constexpr, SCALED: tl.constexpr, CAMERA: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
 ):  # fmt: skip
     i, column = tl.arange(0, P)[:, None], tl.arange(0, P)[None, :]
@@ -79,8 +85,8 @@ def _scan_rows(
     seed = zero
     if HAS_STATE:
         seed = tl.load(state_in + carried + rows, mask=in_rows, other=0.0)
-    decays = _decays(decay_logits, A_log, dt_bias, H, T)
-    corrections = _corrections(inflation, slot, T, S, SPLITS, CAMERA)
+    decays = _decays(decay_sums, A_log, dt_bias, T, S, SPLITS)
+    corrections = _corrections(inflation, T, S, SPLITS, CAMERA)
     state = zero
     # What later frames leave for a frame's queries, from the last but one to the first.
     later = ()
@@ -116,8 +122,8 @@ def _scan_rows(
 
 @triton.jit
 def _scan_normaliser(
-    gram, column, z_in, z_out, carried, applied, decay_logits, A_log, dt_bias,
-    H: tl.constexpr, T: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
+    gram, column, z_in, z_out, carried, applied, decay_sums, A_log, dt_bias,
+    T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SPLITS: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
 ):  # fmt: skip
     channel = tl.arange(0, P)
     inside = channel < D
@@ -128,7 +134,7 @@ def _scan_normaliser(
     seed = zero
     if HAS_STATE:
         seed = tl.load(z_in + carried + channel, mask=inside, other=0.0)
-    decays = _decays(decay_logits, A_log, dt_bias, H, T)
+    decays = _decays(decay_sums, A_log, dt_bias, T, S, SPLITS)
     z = zero
     later = ()
     for step in tl.static_range(2 * T - 1):
@@ -155,7 +161,7 @@ def _scan_normaliser(
 @triton.jit
 def combine(
     gram, update, column, inflation, applied, applied_scale, applied_z,
-    main_state_in, main_state_out, z_in, z_out, camera_state_in, camera_state_out, decay_logits, A_log, dt_bias,
+    main_state_in, main_state_out, z_in, z_out, camera_state_in, camera_state_out, decay_sums, A_log, dt_bias,
     B: tl.constexpr, H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     MAIN: tl.constexpr, CAMERA: tl.constexpr, HAS_STATE: tl.constexpr, COMMIT: tl.constexpr,
@@ -169,7 +175,7 @@ def combine(
     job, head = tl.program_id(0), tl.program_id(1)
     slot = head * T * SPLITS
     heads: tl.constexpr = B * H
-    decay_logits += (head // H) * (T * H) + head % H
+    decay_sums += slot
     A_log += head % H
     dt_bias += head % H
     frames = (head * T).to(tl.int64)
@@ -178,21 +184,21 @@ def combine(
     if CAMERA:  # noqa: SIM102  (decided when compiling, the next when running)
         if job < BLOCKS:
             _scan_rows(
-                gram + splits, update + splits, inflation, slot, camera_state_in, camera_state_out, carried,
-                applied, applied_scale, frames, decay_logits, A_log, dt_bias, job,
-                H, T, S, D, P, ROWS, SPLITS, PRECISION, SCALED, True, HAS_STATE, COMMIT,
+                gram + splits, update + splits, inflation + slot, camera_state_in, camera_state_out, carried,
+                applied, applied_scale, frames, decay_sums, A_log, dt_bias, job,
+                T, S, D, P, ROWS, SPLITS, PRECISION, SCALED, True, HAS_STATE, COMMIT,
             )  # fmt: skip
     if MAIN:
         main_splits = splits + tl.cast(heads * T * SPLITS, tl.int64) * (D * D)
         if (job >= CAMERA * BLOCKS) & (job < (CAMERA + 1) * BLOCKS):
             _scan_rows(
-                gram + main_splits, update + main_splits, inflation, slot, main_state_in, main_state_out, carried,
-                applied, applied_scale, heads * T + frames, decay_logits, A_log, dt_bias, job - CAMERA * BLOCKS,
-                H, T, S, D, P, ROWS, SPLITS, PRECISION, SCALED, False, HAS_STATE, COMMIT,
+                gram + main_splits, update + main_splits, None, main_state_in, main_state_out, carried,
+                applied, applied_scale, heads * T + frames, decay_sums, A_log, dt_bias, job - CAMERA * BLOCKS,
+                T, S, D, P, ROWS, SPLITS, PRECISION, SCALED, False, HAS_STATE, COMMIT,
             )  # fmt: skip
         if job == (CAMERA + 1) * BLOCKS:
             _scan_normaliser(
                 gram + main_splits + tl.cast(heads * T * SPLITS, tl.int64) * (D * D), column + slot * D, z_in, z_out, head * D,
-                applied_z + head * T * D, decay_logits, A_log, dt_bias,
-                H, T, D, P, SPLITS, HAS_STATE, COMMIT,
+                applied_z + head * T * D, decay_sums, A_log, dt_bias,
+                T, S, D, P, SPLITS, HAS_STATE, COMMIT,
             )  # fmt: skip

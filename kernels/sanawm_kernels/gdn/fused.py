@@ -75,7 +75,7 @@ def bind(
 def block_gdn(main: MainBranch | None, camera: CameraBranch | None, gates: Gates, **options: Any) -> BlockOutput:
     """One or both branches of a GDN block over one chunk of 1 to 5 frames, in four launches.
 
-    gates: write-strength logits (B, N, H), decay logits (B, T, H) float32, A_log and dt_bias (H,). Options, as in `bind`:
+    gates: write-strength and decay logits (B, N, H) of each token, A_log and dt_bias (H,). Options, as in `bind`:
     chunks, key_scale: as in the plain definition. state: what the chunk before left, None at the start. commit: also write the new state, to
     `state_out` (which may be `state`: in place) or to new tensors; without it the call is read-only. precision: operands of the products,
     "bf16" (16 bits, default for bfloat16), "tf32" or "ieee" (default for float32); states and sums are float32 in all. Outputs are written to
@@ -86,11 +86,10 @@ def block_gdn(main: MainBranch | None, camera: CameraBranch | None, gates: Gates
 
 
 def _gate_arguments(gates: Gates) -> dict[str, Any]:
-    beta = gates.beta_logits
-    return {
-        "beta": beta, "beta_batch": beta.stride(0), "beta_row": beta.stride(1), "decay_logits": gates.decay_logits,
-        "A_log": gates.A_log, "dt_bias": gates.dt_bias,
-    }  # fmt: skip
+    arguments: dict[str, Any] = {"A_log": gates.A_log, "dt_bias": gates.dt_bias}
+    for name, x in (("beta", gates.beta_logits), ("decay", gates.decay_logits)):
+        arguments |= {name: x, f"{name}_batch": x.stride(0), f"{name}_row": x.stride(1)}
+    return arguments
 
 
 def _state_arguments(old: GDNState | None, new: GDNState) -> dict[str, Any]:

@@ -24,7 +24,7 @@ DENOMINATOR_EPS = 1e-8
 class Gates:
     """What decides how much a block writes and forgets.
 
-    beta_logits (B, N, H); decay_logits (B, T, H) from the frame's mean token; A_log, dt_bias (H,).
+    beta_logits, decay_logits (B, N, H), of each token; a frame decays by the mean of its tokens' logits. A_log, dt_bias (H,).
     """
 
     beta_logits: Tensor
@@ -36,9 +36,9 @@ class Gates:
         """Write strength in (0, 1), (B, N, H), wide."""
         return torch.sigmoid(wide(self.beta_logits))
 
-    def decay(self) -> Tensor:
-        """Factor on the state from one frame to the next, (B, T, H) in (0, 1), wide."""
-        logits = wide(self.decay_logits)
+    def decay(self, frames: int) -> Tensor:
+        """Factor on the state from one frame to the next, (B, frames, H) in (0, 1), wide."""
+        logits = wide(self.decay_logits).unflatten(1, (frames, -1)).mean(2)
         return torch.exp(-torch.exp(wide(self.A_log)) * F.softplus(logits + wide(self.dt_bias)))
 
 
@@ -147,7 +147,7 @@ def main_gdn(
     kn = torch.relu(rms_norm(filtered.reshape(B, N, C), k_norm, NORM_EPS)) * key_scale
     rotated_q = rotate_pairs(qn.unflatten(-1, (H, -1)), cos, sin).flatten(-2)
     rotated_k = rotate_pairs(kn.unflatten(-1, (H, -1)), cos, sin).flatten(-2)
-    beta, decay = _frames(gates.beta(), T, H), gates.decay().permute(0, 2, 1)[..., None, None]
+    beta, decay = _frames(gates.beta(), T, H), gates.decay(T).permute(0, 2, 1)[..., None, None]
 
     numerator, S_out = _scan(_frames(rotated_q, T, H), _frames(rotated_k, T, H), _frames(wide(v), T, H), beta, decay, chunks, S_in)
     # The normaliser is the same scan with target value one and unrotated keys, carried as (B, H, 1, D).
@@ -195,7 +195,7 @@ def camera_gdn(
     inflation = kt.square().sum(-1).clamp_min(1e-12) / kn.square().sum(-1).clamp_min(1e-12)
     inflation = inflation.reshape(B, T, N // T, H).mean(2, keepdim=True).clamp_min(1.0)
     beta = (gates.beta().reshape(B, T, N // T, H) / inflation).reshape(B, N, H)
-    decay = gates.decay().permute(0, 2, 1)[..., None, None]
+    decay = gates.decay(T).permute(0, 2, 1)[..., None, None]
 
     qf, kf, vf = (_frames(x.flatten(-2), T, H) for x in (qt, kt, vt))
     numerator, S_out = _scan(qf, kf, vf, _frames(beta, T, H), decay, chunks, S_in)

@@ -26,7 +26,7 @@ MAX_FRAMES = 5
 class Problem:
     """One call's sizes, types and form.
 
-    kind: dtype of projections, write-strength logits, tails and outputs; weight_kind: of norms and taps; gate_kind: of A_log and dt_bias.
+    kind: dtype of projections, gate logits, tails and outputs; weight_kind: of norms and taps; gate_kind: of A_log and dt_bias.
     precision: how products round their operands. has_state: a chunk came before. commit: write the state this chunk leaves.
     main, camera: the branches computed. rays_shared: one set of ray matrices for the whole batch.
     """
@@ -140,8 +140,9 @@ def _scratch_keys(p: Problem) -> dict[str, str | None]:
     return {"main_keys": main, "plain_keys": main, "camera_keys": camera, "camera_values": camera, "growth": _pointer("fp32", p.camera)}
 
 
-def _gates(p: Problem) -> dict[str, str | None]:
-    return {"beta": f"*{p.kind}", "beta_row": "i32", "beta_batch": "i64"}
+def _logits(p: Problem, name: str) -> dict[str, str | None]:
+    """Logits (B, N, H) of the tokens' gates, columns of a merged projection."""
+    return {name: f"*{p.kind}", f"{name}_row": "i32", f"{name}_batch": "i64"}
 
 
 def prepare(p: Problem, target: int) -> KernelVariant:
@@ -160,7 +161,7 @@ def prepare(p: Problem, target: int) -> KernelVariant:
     entries |= {x: _pointer("fp32", p.main) for x in ("cos", "sin")}
     entries |= {"camera_v": _pointer(p.kind, p.camera), "rays_batch": "i64" if p.camera else None}
     entries |= {x: _pointer("fp32", p.camera) for x in ("rays_inverse", "camera_cos", "camera_sin")}
-    entries |= _gates(p) | _scratch_keys(p) | {"q_scale": _pointer("fp32")}
+    entries |= _logits(p, "beta") | _scratch_keys(p) | {"q_scale": _pointer("fp32")}
     constants = {
         **_sizes(p), "H0": first, "H1": second, "THREADS": 32 * tuned.num_warps, "EPS": NORM_EPS, "KEY_SCALE": p.key_scale,
         "CAMERA_CARRY": p.camera_carry, "HAS_STATE": p.has_state, "COMMIT": p.commit, "CLAMP": p.clamp,
@@ -171,7 +172,8 @@ def prepare(p: Problem, target: int) -> KernelVariant:
 def summarize(p: Problem, target: int) -> KernelVariant:
     """Each frame's effect on the state: `sanawm_kernels.gdn.summarize`."""
     tuned = row(p, "summarize", target)
-    entries: dict[str, str | None] = {"main_v": _pointer(p.kind, p.main), **_row_and_batch(p, "main", p.main), **_gates(p), **_scratch_keys(p)}
+    entries: dict[str, str | None] = {"main_v": _pointer(p.kind, p.main), **_row_and_batch(p, "main", p.main)}
+    entries |= _logits(p, "beta") | _logits(p, "decay") | _scratch_keys(p) | {"decay_sums": _pointer("fp32")}
     entries |= {"gram": _pointer("fp32"), "update": _pointer("fp32"), "column": _pointer("fp32", p.main), "inflation": _pointer("fp32", p.camera)}
     constants = {**_sizes(p), **tuned.settings, "KEY_SCALE": p.key_scale, "PRECISION": p.precision}
     return _variant(p, "summarize", tuned, (p.precision,), entries, constants, ("B * H", "T * SPLITS", "(MAIN + CAMERA) * (2 - FUSED) + MAIN"))
@@ -186,7 +188,7 @@ def combine(p: Problem, target: int) -> KernelVariant:
     entries |= {"inflation": _pointer("fp32", p.camera), **_applied(p)}
     for state, here in (("main_state", p.main), ("z", p.main), ("camera_state", p.camera)):
         entries |= {f"{state}_in": _pointer("fp32", here, p.has_state), f"{state}_out": _pointer("fp32", here, p.commit)}
-    entries |= {"decay_logits": "*fp32", "A_log": f"*{p.gate_kind}", "dt_bias": f"*{p.gate_kind}"}
+    entries |= {"decay_sums": _pointer("fp32"), "A_log": f"*{p.gate_kind}", "dt_bias": f"*{p.gate_kind}"}
     # The frames' products are exact enough in tf32 for bf16 operands elsewhere.
     precision = "ieee" if p.precision == "ieee" else "tf32"
     constants = {

@@ -53,8 +53,8 @@ def sample(
         return angle.cos().to(device), angle.sin().to(device)
 
     angle = 6.3 * torch.rand(N, D // 2, generator=generator)
-    # q, k, v of both branches, the output gate, the write strengths, and padding to a multiple of 64 columns.
-    width = -(-(7 * C + H) // 64) * 64
+    # q, k, v of both branches, the output gate, the write strengths, the decays, and padding to a multiple of 64 columns.
+    width = -(-(7 * C + 2 * H) // 64) * 64
     projection = normal(batch, N, width)
     projection[..., ::41] *= 8
     projection = projection.to(device, dtype)
@@ -62,9 +62,10 @@ def sample(
     conv = [weight(0.3 * normal(C, 4) + torch.tensor([0.0, 0.0, 0.0, 1.0])) for _ in range(2)]
     norms = [weight(1 + 0.2 * normal(C)) for _ in range(4)]
     rays, inverse = (x.to(device).contiguous() for x in _ray_matrices(batch, N, generator))
-    gates = Gates(
-        projection[..., 7 * C : 7 * C + H], normal(batch, frames, H).to(device), weight(0.3 * normal(H)), weight(0.5 * normal(H) - 2)
-    )
+    beta, decay = projection[..., 7 * C : 7 * C + H], projection[..., 7 * C + H : 7 * C + 2 * H]
+    # The tokens of a frame agree on more than noise.
+    decay += normal(batch, frames, 1, H).expand(-1, -1, tokens, -1).reshape(batch, N, H).to(decay)
+    gates = Gates(beta, decay, weight(0.3 * normal(H)), weight(0.5 * normal(H) - 2))
     (cos, sin), (camera_cos, camera_sin) = table(angle), table(angle[:, _camera_pairs(D)])
     main = MainBranch(parts[0], parts[1], parts[2], conv[0], norms[0], norms[1], cos, sin)
     camera = CameraBranch(parts[3], parts[4], parts[5], conv[1], norms[2], norms[3], rays, inverse, camera_cos, camera_sin, clamp)

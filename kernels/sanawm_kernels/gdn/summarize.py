@@ -27,9 +27,22 @@ def _head_tile(x, token, valid, channel, row, D: tl.constexpr):
 
 
 @triton.jit
-def _roots(beta, token, valid, beta_row):
+def _strengths(beta, token, valid, beta_row):
+    """Logits of the tokens' write strengths."""
+    return tl.load(beta + token * beta_row, mask=valid, other=0.0)
+
+
+@triton.jit
+def _roots(logits, valid):
     """Roots of the tokens' write strengths, 0 beyond the last."""
-    return tl.where(valid, root_strength(tl.load(beta + token * beta_row, mask=valid, other=0.0)), 0.0)[:, None]
+    return tl.where(valid, root_strength(logits), 0.0)[:, None]
+
+
+@triton.jit
+def _token_sum(x, frame, start, stop, ROW, S: tl.constexpr, SPAN: tl.constexpr):
+    """Sum over a split's tokens of what lies ROW apart; all are asked for at once. SPAN: power of two, at least the split's length."""
+    position = start + tl.arange(0, SPAN)
+    return tl.sum(tl.load(x + (frame * S + position) * ROW, mask=position < stop, other=0.0).to(tl.float32), 0)
 
 
 @triton.jit
@@ -41,7 +54,7 @@ def _store_square(to, slot, x, D: tl.constexpr, P: tl.constexpr):
 @triton.jit
 def _branch_job(
     keys, values, value_row, beta, beta_row, growth, frame, start, stop, gram, update, inflation, slot, branch_slot,
-    S: tl.constexpr, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, R: tl.constexpr, KEY_SCALE: tl.constexpr,
+    S: tl.constexpr, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr, KEY_SCALE: tl.constexpr,
     PRECISION: tl.constexpr, GRAM: tl.constexpr, UPDATE: tl.constexpr,
 ):  # fmt: skip
     """A with GRAM and U with UPDATE of one branch. With `growth`, the camera's, values are stored as keys are; else they are the raw ones."""
@@ -50,25 +63,28 @@ def _branch_job(
     channel = tl.arange(0, P)
     outer = tl.zeros((P, P), tl.float32)
     written = tl.zeros((P, P), tl.float32)
-    ratios = tl.zeros((R,), tl.float32)
+    if GRAM and growth is not None:
+        tl.store(inflation + slot, _token_sum(growth, frame, start, stop, H, S, SPAN))
+    # A step's write strengths are asked for a step ahead.
+    lane = tl.arange(0, R)
+    if UPDATE and growth is None:
+        ahead = _strengths(beta, frame * S + start + lane, start + lane < stop, beta_row)
     for s in range(start, stop, R):
-        position = s + tl.arange(0, R)
+        position = s + lane
         valid = position < stop
         token = frame * S + position
         key = operand(_head_tile(keys, token, valid, channel, H * D, D), KIND)
-        if GRAM:
-            outer = product(tl.trans(key), key, outer, KIND)
-            if growth is not None:
-                ratios += tl.load(growth + token * H, mask=valid, other=0.0)
         if UPDATE:
             value = _head_tile(values, token, valid, channel, value_row, D)
             if growth is None:
-                value = value.to(tl.float32) * (_roots(beta, token, valid, beta_row) * SHRINK)
+                logits = ahead
+                ahead = _strengths(beta, token + R, position + R < stop, beta_row)
+                value = value.to(tl.float32) * (_roots(logits, valid) * SHRINK)
             written = product(tl.trans(operand(value, KIND)), key, written, KIND)
+        if GRAM:
+            outer = product(tl.trans(key), key, outer, KIND)
     if GRAM:
         _store_square(gram, branch_slot, outer * (KEY * KEY), D, P)
-        if growth is not None:
-            tl.store(inflation + slot, tl.sum(ratios, 0))
     if UPDATE:
         _store_square(update, branch_slot, written * (KEY / SHRINK), D, P)
 
@@ -78,38 +94,44 @@ def _normaliser_job(
     keys, beta, beta_row, frame, start, stop, gram, column, gram_slot, slot,
     S: tl.constexpr, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, R: tl.constexpr, KEY_SCALE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """A' and b."""
     KIND: tl.constexpr = "fp16" if PRECISION == "bf16" else PRECISION
     KEY: tl.constexpr = KEY_SCALE / SHRINK
     channel = tl.arange(0, P)
     outer = tl.zeros((P, P), tl.float32)
     total = tl.zeros((R, P), tl.float32)
+    lane = tl.arange(0, R)
+    ahead = _strengths(beta, frame * S + start + lane, start + lane < stop, beta_row)
     for s in range(start, stop, R):
-        position = s + tl.arange(0, R)
+        position = s + lane
         valid = position < stop
         token = frame * S + position
+        logits = ahead
+        ahead = _strengths(beta, token + R, position + R < stop, beta_row)
         plain = _head_tile(keys, token, valid, channel, H * D, D)
         key = operand(plain, KIND)
         outer = product(tl.trans(key), key, outer, KIND)
-        total += plain.to(tl.float32) * _roots(beta, token, valid, beta_row)
+        total += plain.to(tl.float32) * _roots(logits, valid)
     _store_square(gram, gram_slot, outer * (KEY * KEY), D, P)
     tl.store(column + slot * D + channel, tl.sum(total, 0) * KEY, mask=channel < D)
 
 
 @triton.jit
 def summarize(
-    main_v, main_row, main_batch, beta, beta_row, beta_batch, main_keys, plain_keys, camera_keys, camera_values, growth,
-    gram, update, column, inflation,
+    main_v, main_row, main_batch, beta, beta_row, beta_batch, decay, decay_row, decay_batch, main_keys, plain_keys, camera_keys, camera_values,
+    growth, gram, update, column, inflation, decay_sums,
     B: tl.constexpr, H: tl.constexpr, T: tl.constexpr, S: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     R: tl.constexpr, SPLITS: tl.constexpr, KEY_SCALE: tl.constexpr, PRECISION: tl.constexpr,
     MAIN: tl.constexpr, CAMERA: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     """Grid (B*H, T*SPLITS, jobs), R tokens a step.
 
-    Writes float32 gram (3, B*H, T, SPLITS, D, D), update (2, B*H, T, SPLITS, D, D) value x key, column (B*H, T, SPLITS, D) and
-    inflation (B*H, T, SPLITS), the sum over tokens; first index: camera, main, normaliser.
+    Writes float32 gram (3, B*H, T, SPLITS, D, D), update (2, B*H, T, SPLITS, D, D) value x key, column (B*H, T, SPLITS, D), and
+    inflation and decay_sums (B*H, T, SPLITS), the sums over tokens; first index: camera, main, normaliser.
     """
     # Whole steps go to each split.
     SHARE: tl.constexpr = (S + R * SPLITS - 1) // (R * SPLITS) * R
+    SPAN: tl.constexpr = triton.next_power_of_2(SHARE)
     PARTS: tl.constexpr = 1 if FUSED else 2
     batch, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     frame, split = tl.program_id(1) // SPLITS, tl.program_id(1) % SPLITS
@@ -120,6 +142,9 @@ def summarize(
     slots: tl.constexpr = B * H * T * SPLITS
     first = batch * (T * S) * (H * D) + head * D
     beta += batch * beta_batch + head
+    # The job that has least to do sums the decays.
+    if job == ((CAMERA + 1) * PARTS if MAIN else PARTS - 1):
+        tl.store(decay_sums + slot, _token_sum(decay + batch * decay_batch + head, frame, start, stop, decay_row, S, SPAN))
 
     if CAMERA:  # noqa: SIM102  (decided when compiling, the next when running)
         if job < PARTS:
@@ -127,12 +152,12 @@ def summarize(
             if job == 0:
                 _branch_job(
                     keys, values, H * D, beta, beta_row, ratios, frame, start, stop, gram, update, inflation, slot, slot,
-                    S, H, D, P, R, KEY_SCALE, PRECISION, FUSED, True,
+                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, FUSED, True,
                 )  # fmt: skip
             elif not FUSED:
                 _branch_job(
                     keys, values, H * D, beta, beta_row, ratios, frame, start, stop, gram, update, inflation, slot, slot,
-                    S, H, D, P, R, KEY_SCALE, PRECISION, True, False,
+                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, True, False,
                 )  # fmt: skip
     if MAIN:  # noqa: SIM102
         if job >= CAMERA * PARTS:
@@ -140,7 +165,7 @@ def summarize(
             if job == CAMERA * PARTS:
                 _branch_job(
                     main_keys + first, values, row, beta, beta_row, None, frame, start, stop, gram, update, None, slot, slots + slot,
-                    S, H, D, P, R, KEY_SCALE, PRECISION, FUSED, True,
+                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, FUSED, True,
                 )  # fmt: skip
             elif job == (CAMERA + 1) * PARTS:
                 _normaliser_job(
@@ -150,5 +175,5 @@ def summarize(
             elif not FUSED:
                 _branch_job(
                     main_keys + first, values, row, beta, beta_row, None, frame, start, stop, gram, update, None, slot, slots + slot,
-                    S, H, D, P, R, KEY_SCALE, PRECISION, True, False,
+                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, True, False,
                 )  # fmt: skip

@@ -28,6 +28,7 @@ def scratch(batch: int, heads: int, frames: int, tokens: int, head_dim: int, pre
         "update": ((2, BH, frames, splits, D, D), "float32"),
         "column": ((BH, frames, splits, D), "float32"),
         "inflation": ((BH, frames, splits), "float32"),
+        "decay_sums": ((BH, frames, splits), "float32"),
         "applied": ((2, BH, frames, D, D), "float16" if precision == "bf16" else "float32"),
         "applied_scale": ((2, BH, frames, D), "float32"),
         "applied_z": ((BH, frames, D), "float32"),

@@ -1,8 +1,8 @@
 """Triton epilogue that every product shares: from float32 sums to stored, gated, residual and quantized outputs.
 
-In order: the operands' scales, bias, SiLU or a gated linear unit, a summand, what the first frame carries, the product with SiLU of a gate, the gate
-of the frame, the residual stream, an extra summand. Absent operands are None. Whatever reads the result again (a quantization, a sum of squares) reads it as it is stored, after
-its rounding.
+In order: the operands' scales, bias, SiLU or a gated linear unit, a summand, what the first frame carries, the product with SiLU of a gate, the
+gate of the frame, the residual stream, an extra summand. Absent operands are None. Whatever reads the result again (a quantization, a sum of squares)
+reads it as it is stored, after its rounding.
 """
 
 from __future__ import annotations

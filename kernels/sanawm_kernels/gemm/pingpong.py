@@ -54,11 +54,17 @@ def gemm(
         [
             (
                 _consume,
-                (0, steps, ring, turns, values, out, M, N, K, TAPS, TOKENS, BATCH, BN, GROUP, SLICE, A_ROWS, B_ROWS, SILU, ADD, GATE, RESIDUAL, EXTRA),
+                (
+                    0, steps, ring, turns, values, out, M,
+                    N, K, TAPS, TOKENS, BATCH, BN, GROUP, SLICE, A_ROWS, B_ROWS, SILU, ADD, GATE, RESIDUAL, EXTRA,
+                ),
             ),
             (
                 _consume,
-                (1, steps, ring, turns, values, out, M, N, K, TAPS, TOKENS, BATCH, BN, GROUP, SLICE, A_ROWS, B_ROWS, SILU, ADD, GATE, RESIDUAL, EXTRA),
+                (
+                    1, steps, ring, turns, values, out, M,
+                    N, K, TAPS, TOKENS, BATCH, BN, GROUP, SLICE, A_ROWS, B_ROWS, SILU, ADD, GATE, RESIDUAL, EXTRA,
+                ),
             ),
             (_load_steps, (a, b, steps, M, N, K, TAPS, TOKENS, BATCH, GROUP)),
             (_load_operands, (add, gate, residual, extra, ring, M, N, BN, TAPS, TOKENS, GROUP, ADD, GATE, RESIDUAL, EXTRA)),

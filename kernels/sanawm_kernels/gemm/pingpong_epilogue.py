@@ -91,7 +91,7 @@ def _finish_slice(
             roles.barrier()
     if ADD:
         acc += _slice(chunks, place, AT, SLICE).load(LAYOUT).to(gl.float32)
-    if carried is not None:
+    if carried is not None:  # noqa: SIM102  (decided when compiling, the next when running)
         if tile_m * BM < TOKENS:
             at = carried + gl.expand_dims(row.to(gl.int64) * carried_row, 1) + gl.expand_dims(column, 0)
             here = gl.expand_dims(row < TOKENS, 1) & gl.expand_dims(column < N, 0)

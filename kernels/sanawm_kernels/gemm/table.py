@@ -68,6 +68,9 @@ MULTIPROCESSORS = {90: 132}
 # Products with at least so many output channels have enough tiles of 256 columns to fill a GPU.
 WIDE = 4096
 
+# Products with at most so many have few tiles, and smaller ones give more programs.
+NARROW = 128
+
 _INTERPRETER = (0,)
 _DATA_CENTRE = (100, 103)
 _HOPPER = (90,)
@@ -77,6 +80,7 @@ _INSPECTED = "not timed: chosen from registers, spills and shared memory of the 
 # 65,536 registers and 228 KiB a multiprocessor of sm_90; the others' registers hold 8 warps of these products once.
 _TIMED = "fastest of 24 tiles at the block's shapes on an H200"
 _TURNS = " on an H200, one after the other {}"
+_NARROW = "not timed: a quarter of a large tile, so that 2640 rows are 42 programs"
 _TWO_PROGRAMS = "at most 128 registers and 104 KiB: two programs a multiprocessor"
 _ONE_PROGRAM = "registers and 64 to 68 KiB: one program a multiprocessor"
 
@@ -100,6 +104,11 @@ TILES: tuple[Row, ...] = (
     Row("product", _INTERPRETER, _tile(128, 128, 64, 2, 3), 4, 1, _DATE, "one 128x4 tile of scales", {"kind": "nvfp4", "swizzled": True}),
     Row("product", _INTERPRETER, _tile(32, 32, 64, 2, 3), 4, 1, _DATE, "small enough for tests", {"kind": "nvfp4"}),
     Row("product", _INTERPRETER, _tile(32, 32, 32, 2, 3), 4, 1, _DATE, "small enough for tests"),
+    Row(
+        "product", _HOPPER, {**_tile(64, 64, 128, 1), "form": "descriptors", "persistent": 1}, 4, 4, _NEW, _NARROW,
+        {"kind": "bf16", "descriptors": True, "narrow": True},
+    ),
+    Row("product", _DATA_CENTRE + _HOPPER + _OTHERS, _tile(64, 64, 64, 1), 4, 4, _NEW, _NARROW, {"kind": "bf16", "narrow": True}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 64, 4), 8, 4, _DATE, _INSPECTED + "128 KiB", {"kind": "bf16"}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "128 KiB", {"kind": "fp8"}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "54 KiB", {"kind": "nvfp4"}),
@@ -141,7 +150,7 @@ def default_config(
     finish = finish or Finish()
     glu, described = finish.glu, not (finish.glu or batched)
     facts = {
-        "kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": described, "wide": columns >= WIDE,
+        "kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": described, "wide": columns >= WIDE, "narrow": columns <= NARROW,
         "turns": described and takes_turns(kind, finish, tokens), "taps": taps, "silu": finish.silu,
     }  # fmt: skip
     row = choose_row(TILES, "product", target, **facts)

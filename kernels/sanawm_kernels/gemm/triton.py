@@ -123,7 +123,8 @@ def _linear(what: str, x: Operand, weight: Operand, epilogue: Epilogue, config: 
     (a, values), (b, weights) = describe(x, f"{what} x"), describe(weight, f"{what} weight")
     if values.dim() != 3 or weights.dim() != 2 or not weights.is_contiguous() or weights.shape[1] != taps * values.shape[2]:
         raise ValueError(
-            f"{what}: expected x (B, N, K) and a contiguous weight (N, {'K' if taps == 1 else f'{taps}K'}), stored shapes found are {tuple(values.shape)} and {tuple(weights.shape)}"
+            f"{what}: expected x (B, N, K) and a contiguous weight (N, {'K' if taps == 1 else f'{taps}K'}), "
+            f"stored shapes found are {tuple(values.shape)} and {tuple(weights.shape)}"
         )
     if epilogue.glu and weights.shape[0] % 2:
         raise ValueError(f"{what}: expected an even number of output channels for glu, found {weights.shape[0]}")

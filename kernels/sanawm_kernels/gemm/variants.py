@@ -34,8 +34,8 @@ def padded(columns: int) -> int:
 
 
 def merged_columns(sizes: ModelSizes) -> tuple[int, int]:
-    """Columns of the projection of u: main and camera q, k, v, output gate; of a GDN block with the write strengths, and of a softmax block."""
-    return padded(7 * sizes.hidden + sizes.heads), padded(7 * sizes.hidden)
+    """Columns of the projection of u: main and camera q, k, v, output gate; of a GDN block with write strengths and decays, and of a softmax block."""
+    return padded(7 * sizes.hidden + 2 * sizes.heads), padded(7 * sizes.hidden)
 
 
 def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
@@ -122,4 +122,5 @@ def _outer_products(sizes: ModelSizes) -> list[tuple[int, int]]:
         (C, sizes.caption_channels),
         (2 * C, C),
         (C, C),
+        (padded(2 * sizes.heads), C),
     ]

@@ -41,46 +41,6 @@ def depthwise_glu(x_BNG: Tensor, taps_9G: Tensor, bias_G: Tensor, grid: tuple[in
     return Output(out, quantized)
 
 
-def gate_logits(
-    u_BNC: Tensor,
-    decay_weight_HC: Tensor,
-    decay_bias_H: Tensor,
-    frames: int,
-    beta_weight_HC: Tensor | None = None,
-    beta_bias_H: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    """See `naive.gate_logits`; the decay logits are float32."""
-    what = "gate_logits"
-    B, N, C = u_BNC.shape
-    H = decay_weight_HC.shape[0]
-    if (beta_weight_HC is None) != (beta_bias_H is None):
-        raise ValueError(f"{what}: expected both or neither of beta's weight and bias")
-    if N % frames:
-        raise ValueError(f"{what}: expected {N} tokens in {frames} whole frames")
-    for name, weight in (("decay weight", decay_weight_HC), ("beta weight", beta_weight_HC)):
-        if weight is not None and (tuple(weight.shape) != (H, C) or not weight.is_contiguous()):
-            raise ValueError(f"{what}: expected a contiguous {name} ({H}, {C}), found {tuple(weight.shape)} with strides {weight.stride()}")
-    for name, bias in (("decay bias", decay_bias_H), ("beta bias", beta_bias_H)):
-        if bias is not None:
-            vector(bias, H, f"{what} {name}")
-    same(what, decay_weight_HC, decay_bias_H, beta_weight_HC, beta_bias_H)
-    flat = rows(u_BNC, f"{what} u")
-    kind, weight_kind, beta = type_name(flat, what), type_name(decay_weight_HC, what), beta_weight_HC is not None
-    variant = plans.gate_tiles(kind, weight_kind, C, H, N // frames, beta)
-    mean = plans.gate_means(weight_kind, H, N // frames, beta)
-    shares, heads = mean.constexprs["SHARES"], mean.constexprs["BH"]
-    partial = torch.empty(B * frames, shares, heads, dtype=torch.float32, device=u_BNC.device)
-    logits = torch.empty(B, frames, H, dtype=torch.float32, device=u_BNC.device)
-    arguments: dict[str, Any] = {"u": flat, "u_row": flat.stride(0), "decay_weight": decay_weight_HC, "partial": partial}
-    strength = None
-    if beta:
-        strength = torch.empty(B, N, H, dtype=u_BNC.dtype, device=u_BNC.device)
-        arguments |= {"beta_weight": beta_weight_HC, "beta_bias": beta_bias_H, "beta": strength}
-    launch(variant, arguments, FRAMES=B * frames)
-    launch(mean, {"partial": partial, "decay_bias": decay_bias_H, "out": logits}, FRAMES=B * frames)
-    return strength, logits
-
-
 def _tables(what: str, cos: Tensor, sin: Tensor, tokens: int, pairs: int) -> None:
     for name, table in (("cos", cos), ("sin", sin)):
         if tuple(table.shape) != (tokens, pairs) or table.dtype != torch.float32 or not table.is_contiguous():

@@ -63,59 +63,6 @@ def depthwise_glu(
     )
 
 
-def gate_splits(beta: bool) -> int:
-    """Programs that share the channels of a tile of tokens; a write strength needs all of them."""
-    return 1 if beta else 3
-
-
-@cache
-def gate_tiles(kind: str, weight: str, channels: int, heads: int, tokens: int, beta: bool) -> KernelVariant:
-    """Products of a tile of tokens with the gates' weights, whose dtype is `weight`."""
-    entries = {
-        "u": pointer(kind), "u_row": stride(channels), "decay_weight": pointer(weight), "beta_weight": pointer(weight if beta else None),
-        "beta_bias": pointer(weight if beta else None), "beta": pointer(kind if beta else None), "partial": "*fp32:16",
-    }  # fmt: skip
-    signature, absent = arguments(entries)
-    # 880 tokens are 55 tiles of 16.
-    constants = {
-        "TOKENS": tokens,
-        "C": channels,
-        "HEADS": heads,
-        "BH": power_of_two(heads, 16),
-        "BS": 16,
-        # Four stages of two weights fit 99 KiB with half the depth alone.
-        "BK": min(128 if beta else 256, power_of_two(channels, 16)),
-        "SPLITS": gate_splits(beta),
-    }
-    return KernelVariant(
-        name=f"tokenwise.gate_tiles.c{channels}.h{heads}.s{tokens}.{'beta_decay' if beta else 'decay'}.{kind}{other(weight, kind, 'weight')}",
-        kernel="sanawm_kernels.tokenwise.gates:gate_tiles",
-        signature=signature,
-        constexprs=absent | constants | {"PRECISION": "ieee"},
-        grid=("cdiv(TOKENS, BS)", "FRAMES", "SPLITS"),
-        grid_sizes=("FRAMES",),
-        num_warps=2,
-        num_stages=4,
-        hot=True,
-    )
-
-
-@cache
-def gate_means(weight: str, heads: int, tokens: int, beta: bool) -> KernelVariant:
-    """Sum of the shares of a frame's decay logits that `gate_tiles` leaves."""
-    shares = -(-tokens // 16) * gate_splits(beta)
-    return KernelVariant(
-        name=f"tokenwise.gate_means.h{heads}.s{tokens}.x{gate_splits(beta)}.{weight}",
-        kernel="sanawm_kernels.tokenwise.gates:gate_means",
-        signature={"partial": "*fp32:16", "decay_bias": f"*{weight}:16", "out": "*fp32:16"},
-        constexprs={"SHARES": shares, "BT": power_of_two(shares), "TOKENS": tokens, "HEADS": heads, "BH": power_of_two(heads, 16)},
-        grid=("FRAMES", "1", "1"),
-        grid_sizes=("FRAMES",),
-        num_warps=4,
-        num_stages=1,
-    )
-
-
 def _head_constants(heads: int, width: int, tokens: int) -> dict[str, int]:
     first = 1 << (heads.bit_length() - 1)
     rest = heads - first

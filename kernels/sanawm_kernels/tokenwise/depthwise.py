@@ -118,7 +118,8 @@ def depthwise_glu(
     tiles = (W + BX - 1) // BX
     x0 = tl.program_id(1) % tiles * BX
     y0 = tl.program_id(1) // tiles * STRIP
-    first_pixel = tl.program_id(2) * (H * W)
+    # The last frames first: what the product before has written last is still in the second-level cache.
+    first_pixel = (tl.num_programs(2) - 1 - tl.program_id(2)) * (H * W)
     present = channel < G
     v_taps, g_taps = _taps(taps, channel, present, G), _taps(taps, channel + G, present, G)
     v_bias = tl.load(bias + channel, mask=present, other=0.0).to(tl.float32)

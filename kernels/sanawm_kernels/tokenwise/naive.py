@@ -94,26 +94,6 @@ def depthwise_glu(x_BNG: Tensor, taps_9G: Tensor, bias_G: Tensor, grid: tuple[in
     return quantize_rows((value * F.silu(gate)).to(x_BNG.dtype), quantize)
 
 
-def gate_logits(
-    u_BNC: Tensor,
-    decay_weight_HC: Tensor,
-    decay_bias_H: Tensor,
-    frames: int,
-    beta_weight_HC: Tensor | None = None,
-    beta_bias_H: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor]:
-    """Logits of the GDN gates: write strength of each token (B, N, H) in u's dtype, decay of each frame's mean token (B, T, H) in wide precision.
-
-    The first is None without `beta_weight_HC` (it then comes from the merged projection).
-    """
-    u = wide(u_BNC)
-    mean = u.unflatten(1, (frames, -1)).mean(2)
-    decay = F.linear(mean, decay_weight_HC.to(u.dtype), decay_bias_H.to(u.dtype))
-    if beta_weight_HC is None or beta_bias_H is None:
-        return None, decay
-    return F.linear(u, beta_weight_HC.to(u.dtype), beta_bias_H.to(u.dtype)).to(u_BNC.dtype), decay
-
-
 def rope_heads(
     q_BNC: Tensor, k_BNC: Tensor, q_norm: Tensor, k_norm: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,6 @@
 from sanawm_kernels.tokenwise.block_ops import (
     depthwise_glu,
     fp8_values_transposed,
-    gate_logits,
     inverse_ucpe,
     rope_heads,
     rope_heads_fp8,
@@ -14,7 +13,6 @@ from sanawm_kernels.tokenwise.row_ops import modulate, output_gate, quantize_act
 __all__ = [
     "depthwise_glu",
     "fp8_values_transposed",
-    "gate_logits",
     "inverse_ucpe",
     "modulate",
     "output_gate",

@@ -60,9 +60,6 @@ def _blocks(sizes: ModelSizes, target: int) -> Iterator[KernelVariant]:
     yield block_plans.depthwise_glu(KIND, KIND, *grid)
     for recipe in one_scale(target):
         yield block_plans.depthwise_glu(KIND, KIND, *grid, keep=False, **recipe)
-    for beta in (False, True):
-        yield block_plans.gate_tiles(KIND, KIND, sizes.hidden, sizes.heads, sizes.tokens_per_frame, beta)
-        yield block_plans.gate_means(KIND, sizes.heads, sizes.tokens_per_frame, beta)
 
 
 def _heads(sizes: ModelSizes, target: int) -> Iterator[KernelVariant]:

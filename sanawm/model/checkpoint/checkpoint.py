@@ -184,7 +184,11 @@ class Checkpoint:
         return {part: files for part, files in parts.items() if files}
 
     def fingerprint(self) -> str:
-        """SHA-256 over the parts' file names, sizes and bytes, hex. Reads everything: about a second a gigabyte."""
+        """SHA-256 over the parts' file names, sizes and bytes, hex. Reads everything, once: about a second a gigabyte."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         total = hashlib.sha256()
         for part, files in self.part_files().items():
             for file in files:

@@ -70,12 +70,8 @@ class GDNAttention(SelfAttention):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """u (B, N, C) -> (out (B, N, C), the GDN fields of the new BlockState); only the last entry of `past` is read."""
         config = self.config
-        B, N, C = u.shape
-        T = sum(chunks)
-        q, k, v = self.qkv(u).split(C, -1)
-        frame_mean = wide(u).reshape(B, T, N // T, C).mean(2)
-        decay_logits = F.linear(frame_mean, self.gate_proj.weight.to(frame_mean.dtype), self.gate_proj.bias.to(frame_mean.dtype))
-        gates = Gates(self.beta_proj(u), decay_logits, self.A_log, self.dt_bias)
+        q, k, v = self.qkv(u).split(u.shape[-1], -1)
+        gates = Gates(self.beta_proj(u), self.gate_proj(u), self.A_log, self.dt_bias)
         last = past[-1] if past else None
         common: dict[str, Any] = {"chunks": tuple(chunks), "key_scale": config.key_scale}
         main, s, z, k_tail = ops.main_gdn(
