@@ -1,14 +1,17 @@
-"""What Gluon kernels with roles for warps need of Triton 3.6 to 3.9, under one name: transfers through descriptors and the roles' barrier."""
+"""What Gluon kernels need of Triton 3.6 to 3.9, under one name: transfers to and from shared memory, and barriers."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 # (descriptor, coordinates, barrier, shared memory) and (descriptor, coordinates, shared memory). In Triton 3.9 the older names raise.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+# (shared memory, pointers, mask), zeros where the mask is false; a thread waits for its own copies.
+copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 # Waits for the threads of one role; renamed in Triton 3.7.
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 

@@ -103,6 +103,16 @@ def test_a_block_takes_four_launches_everywhere(target: int) -> None:
     assert set(scratch(1, 20, 3, 880, 112, "bf16", row(OFFICIAL, "summarize", target).settings)) <= names
 
 
+def test_hopper_has_kernels_of_its_own_for_wide_heads_in_half_precision() -> None:
+    def own(problem: Problem, target: int) -> set[str]:
+        return {variant.kernel.split(":")[1] for variant in plan(problem, target) if "_hopper:" in variant.kernel}
+
+    assert own(OFFICIAL, 90) == {"combine", "apply"}
+    for other in (replace(OFFICIAL, head_dim=32), replace(OFFICIAL, head_dim=120), replace(OFFICIAL, precision="tf32")):
+        assert not own(other, 90)
+    assert not any(own(OFFICIAL, target) for target in (80, 89, 100, 120))
+
+
 def test_chunk_lengths_and_forms_have_variants() -> None:
     names = {variant.name for variant in all_variants(ModelSizes(frames=(3, 4)), 90) if variant.name.startswith("gdn.")}
     for frames in (3, 4):

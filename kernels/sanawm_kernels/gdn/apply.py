@@ -25,9 +25,9 @@ def _queries(q, q_scale, q_norm, token, valid, channel, row, D: tl.constexpr):
 @triton.jit
 def _state(applied, applied_scale, slot, D: tl.constexpr, P: tl.constexpr, SCALED: tl.constexpr):
     """The state at `slot` (P, P) key x value, and the factors of its columns (P,)."""
-    key, value = tl.arange(0, P), tl.arange(0, P)
-    element = key[:, None] * D + value[None, :]
-    matrix = tl.load(applied + slot.to(tl.int64) * (D * D) + element, mask=(key < D)[:, None] & (value < D)[None, :], other=0.0)
+    value, key = tl.arange(0, P), tl.arange(0, P)
+    element = value[:, None] * D + key[None, :]
+    matrix = tl.trans(tl.load(applied + slot.to(tl.int64) * (D * D) + element, mask=(value < D)[:, None] & (key < D)[None, :], other=0.0))
     if SCALED:
         return matrix, tl.load(applied_scale + slot * D + value, mask=value < D, other=0.0)
     else:

@@ -77,8 +77,6 @@ def _scan_rows(
     rows = row * D + column
     in_rows = (row < D) & (column < D)
     value = block * ROWS + tl.arange(0, ROWS)
-    across = i * D + value[None, :]
-    in_across = (i < D) & (value[None, :] < D)
 
     zero = tl.zeros((ROWS, P), tl.float32)
     a, u = _effect(gram, square, in_square, update, rows, in_rows, 0, T, D, SPLITS, D)
@@ -112,8 +110,7 @@ def _scan_rows(
                 scale = tl.maximum(tl.max(tl.abs(seen), 1), 1e-30) / 1024
                 tl.store(applied_scale + (frames + t) * D + value, scale, mask=value < D)
                 seen = seen / scale[:, None]
-            # Stored key x value, as `apply` multiplies it.
-            tl.store(applied + (frames + t) * (D * D) + across, tl.trans(seen).to(applied.dtype.element_ty), mask=in_across)
+            tl.store(applied + (frames + t) * (D * D) + rows, seen.to(applied.dtype.element_ty), mask=in_rows)
     if COMMIT:
         # The state may be updated in place: no thread may still be reading it.
         tl.debug_barrier()
@@ -168,7 +165,7 @@ def combine(
 ):  # fmt: skip
     """Grid (BLOCKS * branches + MAIN, B*H): row blocks of the camera branch, of the main branch, and the normaliser.
 
-    Reads what `summarize` wrote. Writes the states queries see: applied (2, B*H, T, D, D) key x value, float32, or with SCALED half precision
+    Reads what `summarize` wrote. Writes the states queries see: applied (2, B*H, T, D, D) value x key, float32, or with SCALED half precision
     relative to applied_scale (2, B*H, T, D), a factor a value channel; applied_z (B*H, T, D) float32; and with COMMIT the states carried on, which
     may be the ones read.
     """

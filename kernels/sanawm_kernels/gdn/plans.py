@@ -86,9 +86,14 @@ def trying(candidate: Row) -> Iterator[None]:
         _trial.reset(token)
 
 
-def row(problem: Problem, phase: str, target: int) -> Row:
-    """The phase's tuning row."""
-    return choose(_trial.get() + TABLE, phase, target, precision=problem.precision, kind=problem.kind)
+def row(problem: Problem, phase: str, target: int, **facts: Any) -> Row:
+    """The phase's tuning row; `facts` are those that only some phases have.
+
+    Of its settings KERNEL names a module other than the phase's own, and REGISTERS is the most that the compiler may use.
+    """
+    # Heads whose halves Hopper's own kernels take.
+    halves = problem.head_dim % 16 == 0 and 64 < problem.head_dim <= 128
+    return choose(_trial.get() + TABLE, phase, target, precision=problem.precision, kind=problem.kind, halves=halves, **facts)
 
 
 def _split(entries: dict[str, str | None]) -> tuple[dict[str, str], dict[str, Any]]:
@@ -115,6 +120,10 @@ def _applied(p: Problem) -> dict[str, str | None]:
     return {"applied": _pointer("fp16" if half else "fp32"), "applied_scale": _pointer("fp32", half)}
 
 
+def _settings(tuned: Row, *names: str) -> dict[str, Any]:
+    return {name: tuned.settings[name] for name in names}
+
+
 def _sizes(p: Problem) -> dict[str, Any]:
     return {"B": p.batch, "H": p.heads, "T": p.frames, "S": p.tokens, "D": p.head_dim, "P": p.padded, "MAIN": p.main, "CAMERA": p.camera}
 
@@ -124,8 +133,9 @@ def _variant(
 ) -> KernelVariant:
     signature, absent = _split(entries)
     return KernelVariant(
-        name=p.name(phase, *facts), kernel=f"sanawm_kernels.gdn.{phase}:{phase}", signature=signature, constexprs={**absent, **constants}, grid=grid,
-        num_warps=tuned.num_warps, num_stages=tuned.num_stages, hot=True,
+        name=p.name(phase, *facts), kernel=f"sanawm_kernels.gdn.{tuned.settings.get('KERNEL', phase)}:{phase}", signature=signature,
+        constexprs={**absent, **constants}, grid=grid, num_warps=tuned.num_warps, num_stages=tuned.num_stages, hot=True,
+        options={"maxnreg": tuned.settings["REGISTERS"]} if "REGISTERS" in tuned.settings else {},
     )  # fmt: skip
 
 
@@ -175,13 +185,14 @@ def summarize(p: Problem, target: int) -> KernelVariant:
     entries: dict[str, str | None] = {"main_v": _pointer(p.kind, p.main), **_row_and_batch(p, "main", p.main)}
     entries |= _logits(p, "beta") | _logits(p, "decay") | _scratch_keys(p) | {"decay_sums": _pointer("fp32")}
     entries |= {"gram": _pointer("fp32"), "update": _pointer("fp32"), "column": _pointer("fp32", p.main), "inflation": _pointer("fp32", p.camera)}
-    constants = {**_sizes(p), **tuned.settings, "KEY_SCALE": p.key_scale, "PRECISION": p.precision}
+    constants = {**_sizes(p), **_settings(tuned, "R", "SPLITS", "FUSED"), "KEY_SCALE": p.key_scale, "PRECISION": p.precision}
     return _variant(p, "summarize", tuned, (p.precision,), entries, constants, ("B * H", "T * SPLITS", "(MAIN + CAMERA) * (2 - FUSED) + MAIN"))
 
 
 def combine(p: Problem, target: int) -> KernelVariant:
     """Frames' effects into states: `sanawm_kernels.gdn.combine`."""
-    tuned = row(p, "combine", target)
+    splits = row(p, "summarize", target).settings["SPLITS"]
+    tuned = row(p, "combine", target, splits=splits)
     rows = tuned.settings["ROWS"]
     entries: dict[str, str | None] = {x: _pointer("fp32") for x in ("gram", "update")}
     entries |= {x: _pointer("fp32", p.main) for x in ("column", "applied_z")}
@@ -192,11 +203,11 @@ def combine(p: Problem, target: int) -> KernelVariant:
     # The frames' products are exact enough in tf32 for bf16 operands elsewhere.
     precision = "ieee" if p.precision == "ieee" else "tf32"
     constants = {
-        **_sizes(p), "ROWS": rows, "BLOCKS": -(-p.head_dim // rows), "SPLITS": row(p, "summarize", target).settings["SPLITS"],
+        **_sizes(p), "ROWS": rows, "BLOCKS": -(-p.head_dim // rows), "SPLITS": splits,
         "PRECISION": precision, "SCALED": p.precision == "bf16", "HAS_STATE": p.has_state, "COMMIT": p.commit,
     }  # fmt: skip
     variant = _variant(p, "combine", tuned, (p.precision, _form(p)), entries, constants, ("BLOCKS * (MAIN + CAMERA) + MAIN", "B * H", "1"))
-    return replace(variant, spill_reason="up to 72 bytes for 3 frames; on an H200 32 rows take 31 us, 16, which spill nothing, 38")
+    return replace(variant, spill_reason="on sm_90 up to 152 bytes for 3 frames, 624 for 4: rows of the state at all frames, once a launch")
 
 
 def apply(p: Problem, target: int) -> KernelVariant:
@@ -210,8 +221,9 @@ def apply(p: Problem, target: int) -> KernelVariant:
     entries |= {x: _pointer("fp32", p.camera) for x in ("rays", "camera_cos", "camera_sin")}
     entries |= {"rays_batch": "i64" if p.camera else None, "q_scale": _pointer("fp32")}
     entries |= _applied(p)
-    constants = {**_sizes(p), **tuned.settings, "EPS": DENOMINATOR_EPS, "PRECISION": p.precision, "CLAMP": p.clamp}
-    return _variant(p, "apply", tuned, (p.precision,), entries, constants, ("cdiv(S, R * TILES)", "B * H * T", "MAIN + CAMERA"))
+    constants = {**_sizes(p), **_settings(tuned, "R", "TILES"), "EPS": DENOMINATOR_EPS, "PRECISION": p.precision, "CLAMP": p.clamp}
+    variant = _variant(p, "apply", tuned, (p.precision,), entries, constants, ("cdiv(S, R * TILES)", "B * H * T", "MAIN + CAMERA"))
+    return replace(variant, spill_reason="up to 40 bytes on sm_90, where 168 registers let three programs share a multiprocessor")
 
 
 PHASES = (prepare, summarize, combine, apply)

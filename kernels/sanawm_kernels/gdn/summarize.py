@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanawm_kernels.gdn.transforms import SHRINK, operand, product, root_strength
+from sanawm_kernels.gdn.transforms import SHRINK, operand, product, root_strength, round_tf32
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _store_square(to, slot, x, D: tl.constexpr, P: tl.constexpr):
 def _branch_job(
     keys, values, value_row, beta, beta_row, growth, frame, start, stop, gram, update, inflation, slot, branch_slot,
     S: tl.constexpr, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, R: tl.constexpr, SPAN: tl.constexpr, KEY_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr, GRAM: tl.constexpr, UPDATE: tl.constexpr,
+    PRECISION: tl.constexpr, GRAM: tl.constexpr, UPDATE: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """A with GRAM and U with UPDATE of one branch. With `growth`, the camera's, values are stored as keys are; else they are the raw ones."""
     KIND: tl.constexpr = "fp16" if PRECISION == "bf16" else PRECISION
@@ -84,7 +84,9 @@ def _branch_job(
         if GRAM:
             outer = product(tl.trans(key), key, outer, KIND)
     if GRAM:
-        _store_square(gram, branch_slot, outer * (KEY * KEY), D, P)
+        outer *= KEY * KEY
+        # What `combine` multiplies by.
+        _store_square(gram, branch_slot, round_tf32(outer) if ROUND else outer, D, P)
     if UPDATE:
         _store_square(update, branch_slot, written * (KEY / SHRINK), D, P)
 
@@ -127,10 +129,13 @@ def summarize(
     """Grid (B*H, T*SPLITS, jobs), R tokens a step.
 
     Writes float32 gram (3, B*H, T, SPLITS, D, D), update (2, B*H, T, SPLITS, D, D) value x key, column (B*H, T, SPLITS, D), and
-    inflation and decay_sums (B*H, T, SPLITS), the sums over tokens; first index: camera, main, normaliser.
+    inflation and decay_sums (B*H, T, SPLITS), the sums over tokens; first index: camera, main, normaliser. In half precision a single split's A
+    of the first two is rounded to tf32.
     """
     # Whole steps go to each split.
     SHARE: tl.constexpr = (S + R * SPLITS - 1) // (R * SPLITS) * R
+    # Sums of one split are complete: `combine` need not round them again.
+    ROUND: tl.constexpr = SPLITS == 1 and PRECISION == "bf16"
     SPAN: tl.constexpr = triton.next_power_of_2(SHARE)
     PARTS: tl.constexpr = 1 if FUSED else 2
     batch, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
@@ -152,12 +157,12 @@ def summarize(
             if job == 0:
                 _branch_job(
                     keys, values, H * D, beta, beta_row, ratios, frame, start, stop, gram, update, inflation, slot, slot,
-                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, FUSED, True,
+                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, FUSED, True, ROUND,
                 )  # fmt: skip
             elif not FUSED:
                 _branch_job(
                     keys, values, H * D, beta, beta_row, ratios, frame, start, stop, gram, update, inflation, slot, slot,
-                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, True, False,
+                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, True, False, ROUND,
                 )  # fmt: skip
     if MAIN:  # noqa: SIM102
         if job >= CAMERA * PARTS:
@@ -165,7 +170,7 @@ def summarize(
             if job == CAMERA * PARTS:
                 _branch_job(
                     main_keys + first, values, row, beta, beta_row, None, frame, start, stop, gram, update, None, slot, slots + slot,
-                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, FUSED, True,
+                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, FUSED, True, ROUND,
                 )  # fmt: skip
             elif job == (CAMERA + 1) * PARTS:
                 _normaliser_job(
@@ -175,5 +180,5 @@ def summarize(
             elif not FUSED:
                 _branch_job(
                     main_keys + first, values, row, beta, beta_row, None, frame, start, stop, gram, update, None, slot, slots + slot,
-                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, True, False,
+                    S, H, D, P, R, SPAN, KEY_SCALE, PRECISION, True, False, ROUND,
                 )  # fmt: skip

@@ -14,8 +14,17 @@ _APART = {"R": 32, "SPLITS": 1, "FUSED": False}
 _HOPPER = (90,)
 _TIMED = "2026-11-27"
 _BF16 = {"precision": "bf16"}
+_HALVES = {"precision": "bf16", "halves": True}
 
 TABLE: tuple[Row, ...] = (
+    Row(
+        "combine", _HOPPER, {"KERNEL": "combine_hopper", "ROWS": 64}, 8, 1, _TIMED, "not timed: 100 programs of 225 KiB, one round",
+        {**_HALVES, "splits": 1},
+    ),
+    Row(
+        "apply", _HOPPER, {"KERNEL": "apply_hopper", "R": 64, "TILES": 5, "REGISTERS": 168}, 4, 1, _TIMED,
+        "not timed: 360 programs, three a multiprocessor, one round", _HALVES,
+    ),
     Row("combine", _HOPPER, {"ROWS": 32}, 8, 1, _TIMED, "30.8 us on an H200, 16 rows 38.3", _BF16),
     Row("apply", _HOPPER, {"R": 32, "TILES": 7}, 8, 1, _TIMED, "54.8 us on an H200, the median of 22 candidates 64.4", _BF16),
     Row("prepare", _GPUS, {}, 4, 1, _TIMED, "53.1 us on an H200, 8 warps 77.9; 128 registers for 3 frames on sm_90, none spilled"),
