@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from sanawm_kernels.attention import naive as attention_naive
 from sanawm_kernels.attention import triton as attention
 from sanawm_kernels.attention.naive import Fp8Scales, InverseUCPE, Segment
 from sanawm_kernels.gemm import interface, naive
+from sanawm_kernels.gemm import triton as fused
 from sanawm_kernels.gemm.naive import Epilogue, Operand
+from sanawm_kernels.gemm.plans import Config
 from sanawm_kernels.quant.formats import Fp8Tensor, quantize_fp8, quantize_nvfp4
 from sanawm_kernels.quant.interpreter import poisoned
 from sanawm_kernels.quant.request import Quantize
@@ -119,6 +122,56 @@ def test_temporal_conv(kind: str, first: bool) -> None:
     wide = Epilogue(add=s.double(), residual=residual.double(), frame_gate=gate.double(), dtype=torch.float64)
     size = magnitudes(naive.temporal_conv, codes, weight, T, None if carried is None else carried.abs(), gate=gate)
     close(out, naive.temporal_conv(codes, weight, T, carried, wide).plain, SUMS[kind], size)
+
+
+# The forms whose warps have roles, with tiles and rings of the table's rows.
+ROLES = {
+    "pingpong": Config(128, 128, 64, 8, 4, 4, 2, persistent=1, form="pingpong", chunk=64, ring=1),
+    "wide": Config(192, 256, 64, 14, 4, 3, 8, persistent=1, form="wide", chunk=64, ring=1),
+}
+hopper = pytest.mark.skipif(CAPABILITY != (9, 0), reason="warp group products are instructions of Hopper")
+
+
+@hopper
+@pytest.mark.parametrize("form", ROLES)
+@pytest.mark.parametrize("kind", ["bf16", "fp8_rows"])
+@pytest.mark.parametrize("finish", ["bias", "silu", "squares", "gated", "residual"])
+def test_roles(form: str, kind: str, finish: str) -> None:
+    """Rows and columns that no tile divides, more and fewer tiles than programs, and each epilogue of a block."""
+    config = replace(ROLES[form], depth=64 if kind == "bf16" else 128, stages=ROLES[form].stages if kind == "bf16" else 3)
+    for rows, columns in ((N, C), (S, 2 * C)):
+        x, weight = operands(kind, rows, columns, C)
+        tensors = {"bias": rand(columns)}
+        if finish == "gated":
+            tensors |= {"add": rand(1, rows, columns, seed=1), "gate": rand(1, rows, columns, seed=2)}
+        if finish == "residual":
+            tensors |= {"residual": rand(1, rows, columns, seed=1), "extra": rand(1, rows, columns, seed=2), "frame_gate": rand(1, rows // S, columns)}
+        facts: dict[str, Any] = {"silu": finish == "silu", "squares": finish == "squares"}
+        found = fused.linear(x, weight, Epilogue(**tensors, **facts, dtype=torch.bfloat16), config=config)
+        wanted = naive.linear(x, weight, Epilogue(**{n: t.double() for n, t in tensors.items()}, **facts, dtype=torch.float64))
+        # SiLU has a slope of at most 1.1, and a gate's SiLU multiplies the sum's error by no more than its own size.
+        gate = torch.nn.functional.silu(tensors["gate"].double()).abs().amax() if finish == "gated" else torch.tensor(1.1)
+        size = magnitudes(naive.linear, x, weight, gate=tensors.get("frame_gate", gate.to("cuda").expand(1, 1, columns)))
+        close(found.plain, wanted.plain, SUMS[kind] * (float(gate) if kind == "bf16" else 1), size)
+        if finish == "squares":
+            assert found.plain is not None and found.squares is not None
+            exact = found.plain.double().square()
+            parts = found.squares.shape[-1]
+            exact = torch.nn.functional.pad(exact, (0, parts * config.squares_width - columns)).unflatten(-1, (parts, -1)).sum(-1)
+            assert bool(((found.squares.double() - exact).abs() <= 1e-5 * exact.amax()).all())
+
+
+@hopper
+@pytest.mark.parametrize("form", ROLES)
+@pytest.mark.parametrize("frames", [1, 2, 3, 4])
+def test_temporal_roles(form: str, frames: int) -> None:
+    s, weight, carried = rand(1, frames * S, C), rand(C, 3 * C), rand(1, S, C, seed=3)
+    residual, gate = rand(1, frames * S, C, seed=1), rand(1, frames, C)
+    for before in (None, carried):
+        given = Epilogue(add=s, residual=residual, frame_gate=gate, dtype=torch.bfloat16)
+        out = fused.temporal_conv(s, weight, frames, before, given, config=ROLES[form]).plain
+        wide = Epilogue(add=s.double(), residual=residual.double(), frame_gate=gate.double(), dtype=torch.float64)
+        close(out, naive.temporal_conv(s, weight, frames, before, wide).plain, SUMS["bf16"])
 
 
 def test_rows() -> None:

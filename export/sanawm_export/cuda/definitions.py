@@ -198,9 +198,13 @@ def temporal_conv(a: Arguments, c: Arguments) -> None:
     _finish(product, a, c)
 
 
-def pingpong(a: Arguments, c: Arguments) -> None:
-    constants = {**c, "FRAME": c["TOKENS"], "SLICES": 1, "BF16": True}
+def pingpong(a: Arguments, c: Arguments, slices: int = 1) -> None:
+    constants = {**c, "FRAME": c["TOKENS"], "SLICES": slices, "BF16": True}
     (gemm if c["TAPS"] == 1 else temporal_conv)(a, constants)
+
+
+def wide_product(a: Arguments, c: Arguments) -> None:
+    pingpong(a, c, 2)
 
 
 def transpose(a: Arguments, c: Arguments) -> None:
@@ -304,6 +308,7 @@ DEFINITIONS: Mapping[str, Callable[[Arguments, Arguments], None]] = {
     "sanawm_kernels.gemm.tma:gemm": gemm,
     "sanawm_kernels.gemm.tma:temporal_conv": temporal_conv,
     "sanawm_kernels.gemm.pingpong:gemm": pingpong,
+    "sanawm_kernels.gemm.wide:gemm": wide_product,
     "sanawm_kernels.chunk.kernels:transpose": transpose,
     "sanawm_kernels.chunk.kernels:modulation_rows": modulation_rows,
     "sanawm_kernels.chunk.kernels:ray_matrices": ray_matrices,

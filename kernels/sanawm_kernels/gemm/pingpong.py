@@ -16,8 +16,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from sanawm_kernels import roles
-from sanawm_kernels.gemm.pingpong_epilogue import finish
-from sanawm_kernels.tiles import frame_taps, grouped_tile
+from sanawm_kernels.gemm.roles_epilogue import finish
+from sanawm_kernels.gemm.roles_loaders import load_operands, load_steps
+from sanawm_kernels.gemm.roles_schedule import rounds, tap_count, tile_at
 
 
 @gluon.jit
@@ -66,121 +67,12 @@ def gemm(
                     N, K, TAPS, TOKENS, BATCH, BN, GROUP, SLICE, A_ROWS, B_ROWS, SILU, ADD, GATE, RESIDUAL, EXTRA,
                 ),
             ),
-            (_load_steps, (a, b, steps, M, N, K, TAPS, TOKENS, BATCH, GROUP)),
-            (_load_operands, (add, gate, residual, extra, ring, M, N, BN, TAPS, TOKENS, GROUP, ADD, GATE, RESIDUAL, EXTRA)),
+            (load_steps, (a, b, (a_steps,), b_steps, steps[2], steps[3], M, N, K, TAPS, TOKENS, BATCH, GROUP)),
+            (load_operands, (add, gate, residual, extra, (ring,), M, N, BN, TAPS, TOKENS, GROUP, ADD, GATE, RESIDUAL, EXTRA)),
         ],
         [4, 1, 1],
         [240, 24, 24],
     )  # fmt: skip
-
-
-@gluon.jit
-def _place(round, TAPS: gl.constexpr):
-    """This program's place in the round-th round. With three taps every second round has the programs in reverse."""
-    program, programs = gl.program_id(0), gl.num_programs(0)
-    return gl.where(round % 2 == 1, programs - 1 - program, program) if TAPS == 3 else program
-
-
-@gluon.jit
-def _rounds(M, N: gl.constexpr, TAPS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr):
-    """Tiles of this program."""
-    tiles = gl.cdiv(M, BM) * gl.cdiv(N, BN)
-    whole = tiles // gl.num_programs(0)
-    return whole + (_place(whole, TAPS) < tiles % gl.num_programs(0)).to(gl.int32)
-
-
-@gluon.jit
-def _tile(round, M, N: gl.constexpr, TAPS: gl.constexpr, TOKENS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr):
-    """Tile row and column of this program's tile in the round-th round.
-
-    With three taps the rows that need all of them come first: with every second round in reverse, no program gets two of their tiles and two others.
-    """
-    tile = round * gl.num_programs(0) + _place(round, TAPS)
-    if TAPS == 3:
-        return (TOKENS // BM + tile // gl.cdiv(N, BN)) % gl.cdiv(M, BM), tile % gl.cdiv(N, BN)
-    else:
-        return grouped_tile(tile, M, N, BM, BN, GROUP)
-
-
-@gluon.jit
-def _taps(tile_m, M, TAPS: gl.constexpr, TOKENS: gl.constexpr, BATCH: gl.constexpr, BM: gl.constexpr):
-    """First tap of a tile, and the one after the last."""
-    if TAPS == 3:
-        return frame_taps(tile_m * BM, min(tile_m * BM + BM, M), TOKENS, BATCH)
-    else:
-        return gl.to_tensor(0), gl.to_tensor(1)
-
-
-@gluon.jit
-def _tap_count(
-    round, M,
-    N: gl.constexpr, TAPS: gl.constexpr, TOKENS: gl.constexpr, BATCH: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """Taps of this program's tile in the round-th round."""
-    tile_m, tile_n = _tile(round, M, N, TAPS, TOKENS, BM, BN, GROUP)
-    first, last = _taps(tile_m, M, TAPS, TOKENS, BATCH, BM)
-    return last - first
-
-
-@gluon.jit
-def _load_steps(
-    a, b, steps, M,
-    N: gl.constexpr, K: gl.constexpr, TAPS: gl.constexpr, TOKENS: gl.constexpr, BATCH: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """The loader of a and b."""
-    a_steps, b_steps, full, empty = steps
-    STAGES: gl.constexpr = a_steps.shape[0]
-    BM: gl.constexpr = a_steps.shape[1]
-    BN: gl.constexpr = b_steps.shape[1]
-    BK: gl.constexpr = a_steps.shape[2]
-    BYTES: gl.constexpr = (BM + BN) * BK * (a_steps.dtype.primitive_bitwidth // 8)
-    count = 0
-    for round in range(_rounds(M, N, TAPS, BM, BN)):
-        tile_m, tile_n = _tile(round, M, N, TAPS, TOKENS, BM, BN, GROUP)
-        first, last = _taps(tile_m, M, TAPS, TOKENS, BATCH, BM)
-        for tap in range(first, last):
-            for part in range((K + BK - 1) // BK):
-                slot = count % STAGES
-                arrived = full.index(slot)
-                mbarrier.wait(empty.index(slot), (count // STAGES & 1) ^ 1)
-                mbarrier.expect(arrived, BYTES)
-                roles.load(a, [tile_m * BM + (tap - TAPS // 2) * TOKENS, part * BK], arrived, a_steps.index(slot))
-                # A tap's last block reads on into the next tap, against the zeros that a has there.
-                roles.load(b, [tile_n * BN, tap * K + part * BK], arrived, b_steps.index(slot))
-                count += 1
-
-
-@gluon.jit
-def _load_operands(
-    add, gate, residual, extra, ring, M,
-    N: gl.constexpr, BN: gl.constexpr, TAPS: gl.constexpr, TOKENS: gl.constexpr, GROUP: gl.constexpr,
-    ADD: gl.constexpr, GATE: gl.constexpr, RESIDUAL: gl.constexpr, EXTRA: gl.constexpr,
-):  # fmt: skip
-    """The loader of the epilogue's operands, which lie one after the other in a slot of the ring."""
-    chunks, full, empty = ring
-    OPERANDS: gl.constexpr = ADD + GATE + RESIDUAL + EXTRA
-    RING: gl.constexpr = full.shape[0]
-    BM: gl.constexpr = chunks.shape[1]
-    CW: gl.constexpr = chunks.shape[2]
-    if OPERANDS > 0:
-        count = 0
-        for round in range(_rounds(M, N, TAPS, BM, BN)):
-            tile_m, tile_n = _tile(round, M, N, TAPS, TOKENS, BM, BN, GROUP)
-            for chunk in range(BN // CW):
-                slot = count % RING
-                arrived, first = full.index(slot), slot * OPERANDS
-                at = [tile_m * BM, tile_n * BN + chunk * CW]
-                mbarrier.wait(empty.index(slot), (count // RING & 1) ^ 1)
-                mbarrier.expect(arrived, OPERANDS * BM * CW * 2)
-                if ADD:
-                    roles.load(add, at, arrived, chunks.index(first))
-                if GATE:
-                    roles.load(gate, at, arrived, chunks.index(first + ADD))
-                if RESIDUAL:
-                    roles.load(residual, at, arrived, chunks.index(first + ADD + GATE))
-                if EXTRA:
-                    roles.load(extra, at, arrived, chunks.index(first + ADD + GATE + RESIDUAL))
-                count += 1
 
 
 @gluon.jit
@@ -204,11 +96,11 @@ def _consume(
     # Steps of the loader that came before this tile, and tiles that this consumer has finished.
     count = gl.program_id(0) * 0
     if SELF == 1:
-        count += _tap_count(0, M, N, TAPS, TOKENS, BATCH, BM, BN, GROUP) * STEPS
+        count += tap_count(0, M, N, TAPS, TOKENS, BATCH, BM, BN, GROUP) * STEPS
     done = gl.program_id(0) * 0
-    for round in range(SELF, _rounds(M, N, TAPS, BM, BN), 2):
-        tile_m, tile_n = _tile(round, M, N, TAPS, TOKENS, BM, BN, GROUP)
-        here = _tap_count(round, M, N, TAPS, TOKENS, BATCH, BM, BN, GROUP) * STEPS
+    for round in range(SELF, rounds(M, N, TAPS, BM, BN), 2):
+        tile_m, tile_n = tile_at(round, M, N, TAPS, TOKENS, BM, BN, GROUP)
+        here = tap_count(round, M, N, TAPS, TOKENS, BATCH, BM, BN, GROUP) * STEPS
         acc = gl.zeros((BM, BN), gl.float32, LAYOUT)
         # A wait for a parity tells a phase from the one before it only, so that a consumer may not wait for a slot's next phase before this one
         # has passed: the other one is with its products until then.
@@ -239,6 +131,6 @@ def _consume(
         if squares is not None:
             row = tile_m * BM + gl.arange(0, BM, sums.type.layout)
             gl.store(squares + row.to(gl.int64) * gl.cdiv(N, BN) + tile_n, sums, mask=row < M)
-        count += _tap_count(round + 1, M, N, TAPS, TOKENS, BATCH, BM, BN, GROUP) * STEPS
+        count += tap_count(round + 1, M, N, TAPS, TOKENS, BATCH, BM, BN, GROUP) * STEPS
         done += 1
     tma.store_wait(0)

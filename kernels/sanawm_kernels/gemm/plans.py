@@ -19,32 +19,35 @@ from sanawm_kernels.tokenwise.plans import (
     stride,
 )
 
-Form = Literal["pointers", "descriptors", "pingpong"]
+Form = Literal["pointers", "descriptors", "pingpong", "wide"]
 MODULES: dict[Form, str] = {
     "pointers": "sanawm_kernels.gemm.kernels", "descriptors": "sanawm_kernels.gemm.tma", "pingpong": "sanawm_kernels.gemm.pingpong",
+    "wide": "sanawm_kernels.gemm.wide",
 }  # fmt: skip
 # What kernels with pointers take and the others do not: NVFP4 operands, gated linear units, rows of weights that lie apart.
 _POINTERS_ONLY = ("a_scales", "b_scales", "FP4", "A_SWIZZLED", "B_SWIZZLED", "GLU", "PITCH")
 _EPILOGUE_SPILLS = "8 bytes in Triton 3.9, in the epilogue; the loop over the depth has none"
 # Operands of an epilogue that are as large as the result.
 _WHOLE = ("add", "gate", "residual", "extra")
-# How many of them the `pingpong` kernel has room for in shared memory.
-PINGPONG_OPERANDS = 2
-# Rows of its tiles, which may belong to two frames and no more.
-PINGPONG_ROWS = 128
+# Forms whose warps have roles. How many of those operands they have room for in shared memory, and rows that may belong to two frames and no more.
+ROLES: tuple[Form, ...] = ("pingpong", "wide")
+ROLES_OPERANDS = 2
+ROLES_ROWS = 128
+# Rows of a tile of the `wide` form that a consumer has.
+WIDE_ROWS = 64
 # Architectures with instructions for NVFP4 products; Triton from 3.9 on also compiles them for sm_90, where it emulates them with bfloat16.
 FP4_TARGETS = tuple(t for t in TARGETS if t >= 100)
 EMULATED_FP4 = 90
 # Its products are instructions of Hopper alone.
-PINGPONG_TARGETS = (90,)
+ROLES_TARGETS = (90,)
 
 
 @dataclass(frozen=True)
 class Config:
     """Tile of a product: rows, columns, depth, tile rows visited together, warps, pipeline stages, column slices of the epilogue.
 
-    `persistent` starts that many programs a multiprocessor, 0 one a tile. `form`: how operands arrive, and whether two consumers take turns; then
-    epilogues work on chunks of `chunk` columns, `ring` of them in flight. `exact` adds e4m3 products to the float32 sum after every `depth` of them,
+    `persistent` starts that many programs a multiprocessor, 0 one a tile. `form`: how operands arrive, and whether two consumers take turns or three
+    share a wide tile; then epilogues work on chunks of `chunk` columns, `ring` of them in flight. `exact` adds e4m3 products to the float32 sum after every `depth` of them,
     which Hopper does not do by itself.
     """
 
@@ -63,8 +66,8 @@ class Config:
 
     @property
     def squares_width(self) -> int:
-        """Columns of a partial sum of squares: a tile's where consumers take turns, else a slice's."""
-        return self.columns if self.form == "pingpong" else self.columns // self.slices
+        """Columns of a partial sum of squares: a tile's where consumers take turns, half of a wide tile's, else a slice's."""
+        return self.columns // {"pingpong": 1, "wide": 2}.get(self.form, self.slices)
 
 
 @dataclass(frozen=True)
@@ -156,10 +159,11 @@ def _operand_entries(prefix: str, operand: Operand, row: str | None) -> dict[str
 def _in_blocks(entries: dict[str, str | None], a: Operand, finish: Finish, config: Config) -> dict[str, str | None]:
     """Entries of the kernels with descriptors: operands and result arrive in blocks, which know their rows' distance."""
     kind = {"fp8": "fp8e4nv"}.get(a.kind, a.kind)
-    described = {"a": blocks(kind, config.rows, config.depth), "b": blocks(kind, config.columns, config.depth)}
+    rows = WIDE_ROWS if config.form == "wide" else config.rows
+    described = {"a": blocks(kind, rows, config.depth), "b": blocks(kind, config.columns, config.depth)}
     left_out: tuple[str, ...] = ("a_row", *_POINTERS_ONLY)
-    if config.form == "pingpong":
-        whole = blocks(finish.out, config.rows, config.chunk)
+    if config.form in ROLES:
+        whole = blocks(finish.out, rows, config.chunk)
         described |= {name: whole for name in ("out", *_WHOLE) if entries.get(name) is not None}
         left_out += (*(f"{name}_row" for name in _WHOLE), "codes", "scales", "quant_scale")
     elif finish.keep:
@@ -188,7 +192,7 @@ def _tile_constants(config: Config, a: Operand, b: Operand) -> dict[str, object]
 
 def _suffix(config: Config) -> str:
     """The forms of a kernel compute the same; a name says which is meant."""
-    return {"pointers": "", "descriptors": ".tma", "pingpong": ".pingpong"}[config.form]
+    return {"pointers": "", "descriptors": ".tma", "pingpong": ".pingpong", "wide": ".wide"}[config.form]
 
 
 def _taken(constants: dict[str, object], config: Config) -> dict[str, object]:
@@ -198,17 +202,17 @@ def _taken(constants: dict[str, object], config: Config) -> dict[str, object]:
     return {name: value for name, value in constants.items() if name not in _POINTERS_ONLY}
 
 
-def takes_turns(kind: str, finish: Finish, tokens: int) -> bool:
-    """Whether the `pingpong` kernel has operands of `kind` and that epilogue; `tokens` rows share a frame gate."""
-    fits = finish.keep and finish.quant is None and finish.out == "bf16" and not finish.glu and (not finish.frame_gate or tokens >= PINGPONG_ROWS)
-    return fits and kind in ("bf16", "fp8") and sum(bool(getattr(finish, name)) for name in _WHOLE) <= PINGPONG_OPERANDS
+def roles_fit(kind: str, finish: Finish, tokens: int) -> bool:
+    """Whether the kernels whose warps have roles take operands of `kind` and that epilogue; `tokens` rows share a frame gate."""
+    fits = finish.keep and finish.quant is None and finish.out == "bf16" and not finish.glu and (not finish.frame_gate or tokens >= ROLES_ROWS)
+    return fits and kind in ("bf16", "fp8") and sum(bool(getattr(finish, name)) for name in _WHOLE) <= ROLES_OPERANDS
 
 
-def _pingpong(
+def _with_roles(
     name: str, entries: dict[str, str | None], a: Operand, b: Operand, columns: int, depth: int, taps: int, tokens: int, batch: int, finish: Finish,
     config: Config,
 ) -> KernelVariant:  # fmt: skip
-    """The kernel whose consumers take turns, of one or three taps."""
+    """A kernel whose warps have roles, of one or three taps."""
     absent_here = ("bias", "carried", "carried_row", "gate", "extra", "squares")
     signature, absent = arguments(dict.fromkeys(absent_here) | _in_blocks(entries, a, finish, config) | {"M": "i32"})
     return KernelVariant(
@@ -224,7 +228,7 @@ def _pingpong(
         grid_sizes=("SMS",),
         # Of the first consumer; the compiler adds the other roles' warps.
         num_warps=4,
-        targets=PINGPONG_TARGETS,
+        targets=ROLES_TARGETS,
         hot=True,
     )  # fmt: skip
 
@@ -250,8 +254,8 @@ def gemm(a: Operand, b: Operand, columns: int, depth: int, tokens: int, finish: 
     apart = f"of{pitch}" if pitch else ""
     name = f"gemm.n{columns}.k{depth}{apart}{f'.s{tokens}' if finish.frame_gate else ''}.{kinds}.{finish.name}"
     tokens = tokens if finish.frame_gate else 1
-    if config.form == "pingpong":
-        return _pingpong(name, entries, a, b, columns, depth, 1, tokens, tokens, finish, config)
+    if config.form in ROLES:
+        return _with_roles(name, entries, a, b, columns, depth, 1, tokens, tokens, finish, config)
     signature, absent = arguments((entries if config.form == "pointers" else _in_blocks(entries, a, finish, config)) | {"M": "i32"})
     grid, sizes = _grid(config)
     constants = absent | _tile_constants(config, a, b) | finish.constants() | {
@@ -289,8 +293,8 @@ def temporal_conv(
     entries |= _operand_entries("b", b, None) | finish.entries(columns, conv=True, carried=carried)
     kinds = a.name if a == b else f"{a.name}_x_{b.name}"
     name = f"gemm.temporal.n{columns}.c{channels}.{batch // frame}x{frame}.{kinds}{'' if carried else '.first'}.{finish.name}"
-    if config.form == "pingpong":
-        return _pingpong(name, entries, a, b, columns, channels, 3, frame, batch, finish, config)
+    if config.form in ROLES:
+        return _with_roles(name, entries, a, b, columns, channels, 3, frame, batch, finish, config)
     signature, absent = arguments((entries if config.form == "pointers" else _in_blocks(entries, a, finish, config)) | {"M": "i32"})
     grid, sizes = _grid(config)
     return KernelVariant(
@@ -328,8 +332,8 @@ def epilogue(columns: int, tokens: int, kind: str, finish: Finish, rows: int = 3
 
 def check(a: Operand, b: Operand, depth: int, tokens: int, finish: Finish, config: Config) -> None:
     """ValueError where a product of these operands does not exist."""
-    if config.form == "pingpong" and not takes_turns(a.kind, finish, tokens):
-        raise ValueError("product: expected bf16 or FP8 operands, a plain bf16 result and at most two operands as large to take turns")
+    if config.form in ROLES and not roles_fit(a.kind, finish, tokens):
+        raise ValueError("product: expected bf16 or FP8 operands, a plain bf16 result and at most two operands as large for warps with roles")
     if config.form != "pointers" and (a.kind not in ("bf16", "fp16", "fp8", "fp32") or finish.glu or not config.persistent):
         raise ValueError("product: expected plain or FP8 operands, no gated linear unit and a persistent grid for kernels with descriptors")
     if a.kind != b.kind:

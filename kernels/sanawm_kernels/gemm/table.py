@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from sanawm_kernels.gemm.plans import Config, Finish, takes_turns
+from sanawm_kernels.gemm.plans import Config, Finish, roles_fit
 from sanawm_kernels.tuning import Row
 from sanawm_kernels.tuning import choose as choose_row
 
@@ -113,17 +113,17 @@ TILES: tuple[Row, ...] = (
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "128 KiB", {"kind": "fp8"}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "54 KiB", {"kind": "nvfp4"}),
     # bf16 products at full power, where an H200 slows down to 1.6 GHz: the best of half a second. A wide plain one is not faster in turns (284.6 us).
-    Row("product", _HOPPER, _turns(64, 128, 1), 4, 5, _NEW, "131.1 us" + _TURNS.format("141.4"), {"kind": "bf16", "turns": True, "taps": 3}),
+    Row("product", _HOPPER, _turns(64, 128, 1), 4, 5, _NEW, "131.1 us" + _TURNS.format("141.4"), {"kind": "bf16", "roles": True, "taps": 3}),
     Row(
         "product", _HOPPER, _turns(64, 64, 1, group=21), 4, 6, _NEW, "246.2 us" + _TURNS.format("267.8"),
-        {"kind": "bf16", "turns": True, "silu": True},
+        {"kind": "bf16", "roles": True, "silu": True},
     ),
     Row("product", _HOPPER, _described(256, 64), 8, 4, _NEW, "281.3 us; " + _TIMED, {"kind": "bf16", "descriptors": True, "wide": True}),
-    Row("product", _HOPPER, _turns(64, 64, 1), 4, 6, _NEW, "residual 51.1 us" + _TURNS.format("57.6"), {"kind": "bf16", "turns": True}),
+    Row("product", _HOPPER, _turns(64, 64, 1), 4, 6, _NEW, "residual 51.1 us" + _TURNS.format("57.6"), {"kind": "bf16", "roles": True}),
     Row("product", _HOPPER, _described(128, 64), 8, 5, _NEW, _TIMED, {"kind": "bf16", "descriptors": True}),
-    Row("product", _HOPPER, _turns(128, 64, 1), 4, 6, _NEW, "126.9 us" + _TURNS.format("165.0"), {"kind": "fp8", "turns": True, "silu": True}),
+    Row("product", _HOPPER, _turns(128, 64, 1), 4, 6, _NEW, "126.9 us" + _TURNS.format("165.0"), {"kind": "fp8", "roles": True, "silu": True}),
     Row("product", _HOPPER, _described(256, 128), 8, 4, _NEW, _TIMED, {"kind": "fp8", "descriptors": True, "wide": True}),
-    Row("product", _HOPPER, _turns(128, 64, 1), 4, 6, _NEW, "residual 29.7 us" + _TURNS.format("38.8"), {"kind": "fp8", "turns": True}),
+    Row("product", _HOPPER, _turns(128, 64, 1), 4, 6, _NEW, "residual 29.7 us" + _TURNS.format("38.8"), {"kind": "fp8", "roles": True}),
     Row("product", _HOPPER, _described(128, 128), 8, 5, _NEW, _TIMED, {"kind": "fp8", "descriptors": True}),
     Row("product", _HOPPER, _tile(128, 128, 64, 4), 8, 3, _DATE, _INSPECTED + _TWO_PROGRAMS, {"kind": "bf16"}),
     Row(
@@ -151,7 +151,7 @@ def default_config(
     glu, described = finish.glu, not (finish.glu or batched)
     facts = {
         "kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": described, "wide": columns >= WIDE, "narrow": columns <= NARROW,
-        "turns": described and takes_turns(kind, finish, tokens), "taps": taps, "silu": finish.silu,
+        "roles": described and roles_fit(kind, finish, tokens), "taps": taps, "silu": finish.silu,
     }  # fmt: skip
     row = choose_row(TILES, "product", target, **facts)
     config = Config(warps=row.num_warps, stages=row.num_stages, **row.settings)

@@ -1,4 +1,4 @@
-"""Epilogue of `pingpong.gemm`: what `epilogue._finish` computes, in its order, on tiles of operands in shared memory."""
+"""Epilogue of the kernels whose warps have roles: what `epilogue._finish` computes, in its order, on tiles of operands in shared memory."""
 
 from __future__ import annotations
 
