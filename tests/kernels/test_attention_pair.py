@@ -122,6 +122,21 @@ def test_whole_and_divided_tiles(N: int, H: int, D: int, lengths: tuple[int, ...
     check(*problem(N, H, D, lengths))
 
 
+# Groups of two and four heads: two tiles of twelve divided, both of the last head; one of six; five of eighteen, of two heads of a group.
+@pytest.mark.parametrize(("N", "H", "processors"), [(300, 4, 10), (300, 2, 10), (290, 6, 26)])
+def test_groups_whose_last_heads_are_divided(N: int, H: int, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "multiprocessors", lambda device: processors)
+    check(*problem(N, H, 32, (40, 31)))
+
+
+def test_one_head_of_a_group_is_computed_again() -> None:
+    """In the main branch the second head of four, in the camera branch the third."""
+    queries, held, ucpe = problem(140, 4, 32, (40, 31))
+    for head, q, segments in zip((1, 2), queries, held):
+        segments[-1].keys[4, head] = 400 * 32**0.5 * q[70, head].float() / q[70, head].float().square().sum()
+    check(queries, held, ucpe, HALF_ULP)
+
+
 @pytest.mark.parametrize(("N", "lengths"), [(300, (40, 34)), (256, (33,))])
 def test_sums_that_are_too_large_are_computed_again(N: int, lengths: tuple[int, ...]) -> None:
     """The last keys' logits of the first and last query exceed the first block's by more than float32 holds as a power."""
@@ -144,9 +159,10 @@ def test_nan_stays_in_its_row() -> None:
 
 
 @pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("kind", ["fp8", "nvfp4"])
-def test_the_camera_branch_is_quantized(kind: str, keep: bool) -> None:
-    given = problem(300, 1, 48, (40, 31))
+def test_the_camera_branch_is_quantized(kind: str, heads: int, keep: bool) -> None:
+    given = problem(300, heads, 48, (40, 31))
     layout = "swizzled" if kind == "nvfp4" else "rows"
     scale = torch.tensor(0.001 if kind == "nvfp4" else 0.01)
     out = run(*given, Quantize(kind, scale, layout=layout, keep=keep))[1]  # type: ignore[arg-type]
@@ -173,7 +189,7 @@ def test_parts_of_a_plan_and_of_a_launch_are_the_same() -> None:
     assert shapes["parts"] == ((2, 16, 4, 192, 112), "float32")
     variant = plans.window_pair(20, 112, 3, tile)
     assert variant.launch_grid({"programs": 66}) == (132, 1, 1)
-    assert plans.finish_pair(20, 112, 3, tile).launch_grid({"N": 2640}) == (83, 20, 2)
+    assert plans.finish_pair(20, 112, 3, tile).launch_grid({"N": 2640}) == (165, 5, 1)
 
 
 def test_wrong_inputs_are_refused() -> None:

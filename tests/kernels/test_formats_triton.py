@@ -49,9 +49,10 @@ def test_e2m1_codes_are_exact() -> None:
     assert torch.equal(out, formats.round_e2m1(x))
 
 
-def test_e4m3_is_exact_and_saturates() -> None:
+def test_e4m3_is_exact_saturates_and_keeps_nan() -> None:
     x = samples(2048, 2)
-    out = torch.full((2048,), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    x[-3:] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    out = torch.full((2048,), 0xFF, dtype=torch.uint8).view(torch.float8_e4m3fn)
     with exact():
         _saturate[(1,)](x, out, N=2048)
     assert torch.equal(out.view(torch.uint8), formats.to_e4m3(x).view(torch.uint8))

@@ -118,8 +118,8 @@ def test_chunk_lengths_and_forms_have_variants() -> None:
     for frames in (3, 4):
         for form in ("read", "commit", "read_first", "commit_first"):
             assert f"gdn.prepare.block.{frames}f.bf16.bf16.{form}" in names
-            assert f"gdn.combine.block.{frames}f.bf16.bf16.{form}" in names
-        assert f"gdn.summarize.block.{frames}f.bf16.bf16" in names and f"gdn.apply.block.{frames}f.bf16.bf16" in names
+            assert f"gdn.combine.block.{frames}f.bf16.bf16.{form}.hopper" in names
+        assert f"gdn.summarize.block.{frames}f.bf16.bf16" in names and f"gdn.apply.block.{frames}f.bf16.bf16.hopper" in names
 
 
 def test_tuning_rows_are_dated_and_reasoned() -> None:

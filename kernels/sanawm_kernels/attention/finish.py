@@ -45,39 +45,76 @@ def _segment(
 
 
 @triton.jit
-def finish_pair(
+def _matrices(rays, token, valid):
+    """The sixteen entries of R tokens' ray matrices, (R, 1) each."""
+    found = ()
+    for i in tl.static_range(16):
+        found = found + (tl.load(rays + token * 16 + i, mask=valid, other=0.0)[:, None],)  # type: ignore[assignment] # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _matrix_row(c0, c1, c2, c3, m, ROW: tl.constexpr):
+    return m[4 * ROW] * c0 + m[4 * ROW + 1] * c1 + m[4 * ROW + 2] * c2 + m[4 * ROW + 3] * c3
+
+
+@triton.jit
+def _turned(x, m, cos_01, cos_23, sin_01, sin_23, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
+    """`transforms.ucpe` with matrices and angles at hand, which the heads of a group share."""
+    even, odd = tl.split(tl.reshape(x, (R, P // 4, 2, 2)))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    first = (tl.arange(0, P // 4) < D // 8)[None, :]
+    y0 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, 0), c0 * cos_01 - c1 * sin_01)
+    y1 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, 1), c0 * sin_01 + c1 * cos_01)
+    y2 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, 2), c2 * cos_23 - c3 * sin_23)
+    y3 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, 3), c2 * sin_23 + c3 * cos_23)
+    return tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (R, P))
+
+
+@triton.jit
+def _added(parts, part_sums, slot, row, valid, PARTS: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
+    """Sums over a divided tile's parts, all read before the first is added: (R,) of probabilities and (R, P) of values."""
+    channel = tl.arange(0, P)
+    sums, values = (), ()
+    for part in tl.static_range(PARTS):
+        at = (slot + part) * BM + row
+        sums = sums + (tl.load(part_sums + at, mask=valid, other=1.0),)  # type: ignore[assignment] # noqa: RUF005
+        there = tl.load(parts + at[:, None] * D + channel[None, :], mask=valid[:, None] & (channel < D)[None, :], other=0.0)
+        values = values + (there,)  # type: ignore[assignment] # noqa: RUF005
+    total, acc = sums[0], values[0]  # type: ignore[misc]
+    for part in tl.static_range(1, PARTS):
+        total += sums[part]  # type: ignore[misc]
+        acc += values[part]  # type: ignore[misc]
+    return total, acc
+
+
+@triton.jit
+def _complete(
     main_q_at, main_q_row, camera_q_at, camera_q_row,
     main_k0_at, main_k0_row, main_v0_at, main_v0_row, camera_k0_at, camera_k0_row, camera_v0_at, camera_v0_row, n0,
     main_k1_at, main_k1_row, main_v1_at, main_v1_row, camera_k1_at, camera_k1_row, camera_v1_at, camera_v1_row, n1,
     main_k2_at, main_k2_row, main_v2_at, main_v2_row, camera_k2_at, camera_k2_row, camera_v2_at, camera_v2_row, n2,
     seen, sums, parts, part_sums, rays, cos, sin, main_out, camera_out, codes, scales, quant_scale, N, programs, main_scale, camera_scale,
+    start, head, branch,
     HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
     QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (cdiv(N, ROWS), HEADS, 2), the branch last. BM, a multiple of ROWS, and what goes by the name of an argument of `window_pair` are its.
-
-    *_at: queries, keys and values, rows apart as given, for what is computed again; segments 1 and 2 may be None. The camera branch leaves ray space
-    (rays (N, 4, 4), cos and sin (N, D/4)) and may be quantized: camera_out, codes, scales and quant_scale are its own.
-    """
-    head, camera = tl.program_id(1), tl.program_id(2) == 1
-    start = tl.program_id(0) * ROWS
+    """One branch of one head from row `start` on: adds what is divided, computes again what has to be, and leaves ray space. Arguments as below."""
+    camera = branch == 1
     token = start + tl.arange(0, ROWS)
     valid = token < N
-    channel = tl.arange(0, P)
     tiles, whole = undivided(N, programs, HEADS, BM)
     divided = head * tl.cdiv(N, BM) + start // BM - whole
     acc = tl.zeros((ROWS, P), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     if divided >= 0:
-        slot = (tl.program_id(2) * (tiles - whole) + divided) * PARTS
+        slot = (branch * (tiles - whole) + divided) * PARTS
         row = start % BM + tl.arange(0, ROWS)
-        for part in range(PARTS):
-            at = (slot + part) * BM + row
-            total += tl.load(part_sums + at, mask=valid, other=1.0)
-            acc += tl.load(parts + at[:, None] * D + channel[None, :], mask=valid[:, None] & (channel < D)[None, :], other=0.0)
+        total, acc = _added(parts, part_sums, slot, row, valid, PARTS, BM, ROWS, D, P)
         acc = acc / total[:, None]
     else:
-        total = tl.load(sums + (tl.program_id(2) * HEADS + head) * N + token, mask=valid, other=1.0)
+        total = tl.load(sums + (branch * HEADS + head) * N + token, mask=valid, other=1.0)
         if camera:
             acc = _rows(seen, HEADS * D, start, N, head, ROWS, D, P).to(tl.float32)
     # Not a number counts as too large, and stays what it is.
@@ -109,3 +146,58 @@ def finish_pair(
         store_heads(acc, token.to(tl.int64), valid, head, camera_out, codes, scales, quant_scale, ROWS, HEADS, D, P, QUANT, SWIZZLED, NATIVE, BF16)
     elif again or divided >= 0:
         store_heads(acc, token.to(tl.int64), valid, head, main_out, None, None, None, ROWS, HEADS, D, P, 0, False, False, BF16)
+
+
+@triton.jit
+def finish_pair(
+    main_q_at, main_q_row, camera_q_at, camera_q_row,
+    main_k0_at, main_k0_row, main_v0_at, main_v0_row, camera_k0_at, camera_k0_row, camera_v0_at, camera_v0_row, n0,
+    main_k1_at, main_k1_row, main_v1_at, main_v1_row, camera_k1_at, camera_k1_row, camera_v1_at, camera_v1_row, n1,
+    main_k2_at, main_k2_row, main_v2_at, main_v2_row, camera_k2_at, camera_k2_row, camera_v2_at, camera_v2_row, n2,
+    seen, sums, parts, part_sums, rays, cos, sin, main_out, camera_out, codes, scales, quant_scale, N, programs, main_scale, camera_scale,
+    HEADS: tl.constexpr, D: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr,
+    BN: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr, BF16: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (cdiv(N, ROWS), HEADS // GROUP): GROUP heads of both branches. BM, a multiple of ROWS, and arguments named as `window_pair`'s are its.
+
+    *_at: queries, keys and values, rows apart as given, for what is computed again; segments 1 and 2 may be None. The camera branch leaves ray space
+    (rays (N, 4, 4), cos and sin (N, D/4)) and may be quantized: camera_out, codes, scales and quant_scale are its own.
+    A program asks at once for all that the usual case needs: the camera's rows and both branches' sums. Where a tile is divided or a sum too large,
+    it takes its heads and branches one after the other; the last heads, which alone are divided, come first.
+    """
+    start = tl.program_id(0) * ROWS
+    head0 = HEADS - GROUP - tl.program_id(1) * GROUP
+    token = start + tl.arange(0, ROWS)
+    valid = token < N
+    tiles, whole = undivided(N, programs, HEADS, BM)
+    divided = (head0 + GROUP - 1) * tl.cdiv(N, BM) + start // BM - whole
+    worst = tl.zeros((ROWS,), tl.float32)
+    rows = ()
+    for g in tl.static_range(GROUP):
+        rows = rows + (_rows(seen, HEADS * D, start, N, head0 + g, ROWS, D, P),)  # type: ignore[assignment] # noqa: RUF005
+    for g in tl.static_range(GROUP):
+        for branch in tl.static_range(2):
+            total = tl.load(sums + (branch * HEADS + head0 + g) * N + token, mask=valid, other=1.0)
+            worst = tl.maximum(worst, total, propagate_nan=tl.PropagateNan.ALL)
+    c, s = camera_rotary_tile(cos, token, valid, P, D), camera_rotary_tile(sin, token, valid, P, D)
+    m = _matrices(rays, token.to(tl.int64), valid)
+    # Not a number counts as too large, and stays what it is.
+    if (divided >= 0) | (tl.max((~(worst < LARGEST)).to(tl.int32), 0) > 0):
+        for item in range(2 * GROUP):
+            _complete(
+                main_q_at, main_q_row, camera_q_at, camera_q_row,
+                main_k0_at, main_k0_row, main_v0_at, main_v0_row, camera_k0_at, camera_k0_row, camera_v0_at, camera_v0_row, n0,
+                main_k1_at, main_k1_row, main_v1_at, main_v1_row, camera_k1_at, camera_k1_row, camera_v1_at, camera_v1_row, n1,
+                main_k2_at, main_k2_row, main_v2_at, main_v2_row, camera_k2_at, camera_k2_row, camera_v2_at, camera_v2_row, n2,
+                seen, sums, parts, part_sums, rays, cos, sin, main_out, camera_out, codes, scales, quant_scale, N, programs, main_scale, camera_scale,
+                start, head0 + item // 2, item % 2,
+                HEADS, D, P, BM, PARTS, ROWS, BN, QUANT, SWIZZLED, NATIVE, BF16, PRECISION,
+            )  # fmt: skip
+    else:
+        cos_01, cos_23 = tl.split(tl.reshape(c, (ROWS, P // 4, 2)))
+        sin_01, sin_23 = tl.split(tl.reshape(-s, (ROWS, P // 4, 2)))
+        for g in tl.static_range(GROUP):
+            turned = _turned(rows[g].to(tl.float32), m, cos_01, cos_23, sin_01, sin_23, ROWS, P, D)  # type: ignore[misc]
+            store_heads(
+                turned, token.to(tl.int64), valid, head0 + g, camera_out, codes, scales, quant_scale, ROWS, HEADS, D, P, QUANT, SWIZZLED, NATIVE, BF16
+            )

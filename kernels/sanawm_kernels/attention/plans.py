@@ -135,16 +135,17 @@ def finish_pair(
     entries |= {"N": "i32", "programs": "i32", "main_scale": "fp32", "camera_scale": "fp32"}
     signature, absent = arguments(entries)
     constants = {
-        "HEADS": heads, "D": width, "P": power_of_two(width, 16), "BM": tile.queries, "PARTS": tile.parts, "ROWS": 32, "BN": 32,
-        "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native), "BF16": True, "PRECISION": "ieee",
+        "HEADS": heads, "D": width, "P": power_of_two(width, 16), "BM": tile.queries, "PARTS": tile.parts, "ROWS": 16,
+        "GROUP": max(g for g in (4, 2, 1) if heads % g == 0), "BN": 32, "QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled,
+        "NATIVE": native_fp4(quant, native), "BF16": True, "PRECISION": "ieee",
     }  # fmt: skip
     return KernelVariant(
         name=f"attention.pair_finish.h{heads}.d{width}.s{segments}.bf16{quant_name(quant, swizzled, keep)}",
         kernel="sanawm_kernels.attention.finish:finish_pair",
         signature=signature,
         constexprs=absent | constants,
-        grid=("cdiv(N, ROWS)", "HEADS", "2"),
-        num_warps=4,
+        grid=("cdiv(N, ROWS)", "HEADS // GROUP", "1"),
+        num_warps=8,
         num_stages=1,
         targets=(90,),
         hot=True,

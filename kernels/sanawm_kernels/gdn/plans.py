@@ -132,8 +132,9 @@ def _variant(
     p: Problem, phase: str, tuned: Row, facts: tuple[str, ...], entries: dict[str, str | None], constants: dict[str, Any], grid: tuple[str, str, str]
 ) -> KernelVariant:
     signature, absent = _split(entries)
+    module = tuned.settings.get("KERNEL", phase)
     return KernelVariant(
-        name=p.name(phase, *facts), kernel=f"sanawm_kernels.gdn.{tuned.settings.get('KERNEL', phase)}:{phase}", signature=signature,
+        name=p.name(phase, *facts, *(["hopper"] if module != phase else [])), kernel=f"sanawm_kernels.gdn.{module}:{phase}", signature=signature,
         constexprs={**absent, **constants}, grid=grid, num_warps=tuned.num_warps, num_stages=tuned.num_stages, hot=True,
         options={"maxnreg": tuned.settings["REGISTERS"]} if "REGISTERS" in tuned.settings else {},
     )  # fmt: skip

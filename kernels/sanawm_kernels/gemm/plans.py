@@ -47,8 +47,8 @@ class Config:
     """Tile of a product: rows, columns, depth, tile rows visited together, warps, pipeline stages, column slices of the epilogue.
 
     `persistent` starts that many programs a multiprocessor, 0 one a tile. `form`: how operands arrive, and whether two consumers take turns or three
-    share a wide tile; then epilogues work on chunks of `chunk` columns, `ring` of them in flight. `exact` adds e4m3 products to the float32 sum after every `depth` of them,
-    which Hopper does not do by itself.
+    share a wide tile; then epilogues work on chunks of `chunk` columns, `ring` of them in flight. `exact` adds e4m3 products to the float32 sum after
+    every `depth` of them, which Hopper does not do by itself.
     """
 
     rows: int
@@ -111,6 +111,11 @@ class Finish:
     swizzled: bool = False
     native: bool = False
     weight: str = "bf16"
+
+    @property
+    def bare(self) -> bool:
+        """Whether the product is stored as it is."""
+        return self == Finish(out=self.out, weight=self.weight)
 
     @property
     def name(self) -> str:

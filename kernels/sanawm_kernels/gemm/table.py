@@ -100,6 +100,11 @@ def _turns(depth: int, chunk: int, ring: int, slices: int = 2, group: int = 8) -
     return {**_tile(128, 128, depth, slices, group), "form": "pingpong", "persistent": 1, "chunk": chunk, "ring": ring}
 
 
+def _shared(depth: int) -> dict[str, Any]:
+    """A tile that three consumers share."""
+    return {**_tile(192, 256, depth, 8, group=14), "form": "wide", "persistent": 1, "chunk": 64, "ring": 2}
+
+
 TILES: tuple[Row, ...] = (
     Row("product", _INTERPRETER, _tile(128, 128, 64, 2, 3), 4, 1, _DATE, "one 128x4 tile of scales", {"kind": "nvfp4", "swizzled": True}),
     Row("product", _INTERPRETER, _tile(32, 32, 64, 2, 3), 4, 1, _DATE, "small enough for tests", {"kind": "nvfp4"}),
@@ -112,6 +117,9 @@ TILES: tuple[Row, ...] = (
     Row("product", _DATA_CENTRE, _tile(128, 128, 64, 4), 8, 4, _DATE, _INSPECTED + "128 KiB", {"kind": "bf16"}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "128 KiB", {"kind": "fp8"}),
     Row("product", _DATA_CENTRE, _tile(128, 128, 128, 4), 8, 4, _DATE, _INSPECTED + "54 KiB", {"kind": "nvfp4"}),
+    # Nothing beside the product: the FFN's second one, 6720 deep, whose tiles of 128 x 128 are short of shared memory and of power.
+    Row("product", _HOPPER, _shared(64), 4, 3, _NEW, "116.4 us in place in a step, in turns 120.0", {"kind": "bf16", "roles": True, "bare": True}),
+    Row("product", _HOPPER, _shared(128), 4, 3, _NEW, "62.8 us in place in a step, in turns 67.9", {"kind": "fp8", "roles": True, "bare": True}),
     # bf16 products at full power, where an H200 slows down to 1.6 GHz: the best of half a second. A wide plain one is not faster in turns (284.6 us).
     Row("product", _HOPPER, _turns(64, 128, 1), 4, 5, _NEW, "131.1 us" + _TURNS.format("141.4"), {"kind": "bf16", "roles": True, "taps": 3}),
     Row(
@@ -140,18 +148,19 @@ TILES: tuple[Row, ...] = (
 
 def default_config(
     target: int, kind: str, columns: int, finish: Finish | None = None, *, tokens: int = 1, taps: int = 1, swizzled: bool = False,
-    batched: bool = False,
+    batched: bool = False, first_tap: bool = False,
 ) -> Config:  # fmt: skip
     """Tile of a product with operands of `kind`, that many output channels and an epilogue; ValueError for an architecture without one.
 
     tokens: rows that share a frame gate. taps: 3 for a temporal convolution, `batched` if it is one of several batches, whose rows no single
-    descriptor covers.
+    descriptor covers; `first_tap` for the product of one frame with the first of them.
     """
     finish = finish or Finish()
     glu, described = finish.glu, not (finish.glu or batched)
+    roles = described and roles_fit(kind, finish, tokens)
     facts = {
-        "kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": described, "wide": columns >= WIDE, "narrow": columns <= NARROW,
-        "roles": described and roles_fit(kind, finish, tokens), "taps": taps, "silu": finish.silu,
+        "kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": described, "roles": roles, "taps": taps, "silu": finish.silu,
+        "wide": columns >= WIDE, "narrow": columns <= NARROW and not finish.squares, "bare": roles and finish.bare and not first_tap,
     }  # fmt: skip
     row = choose_row(TILES, "product", target, **facts)
     config = Config(warps=row.num_warps, stages=row.num_stages, **row.settings)

@@ -133,7 +133,8 @@ def _linear(what: str, x: Operand, weight: Operand, epilogue: Epilogue, config: 
     finishing = _Finishing(epilogue, (*values.shape[:2], columns), output_dtype(x, epilogue), device, what)
     if config is None:
         swizzled = a.swizzled or b.swizzled
-        config = table.default_config(target(device), a.kind, columns, finishing.finish, tokens=finishing.tokens, swizzled=swizzled)
+        facts = {"tokens": finishing.tokens, "swizzled": swizzled, "first_tap": taps > 1}
+        config = table.default_config(target(device), a.kind, columns, finishing.finish, **facts)
     finishing.make_squares(config.squares_width)
     flat = rows(values, f"{what} x")
     if isinstance(x, Nvfp4Tensor) and x.layout == "rows" and flat.stride(0) != flat.shape[1]:

@@ -34,7 +34,7 @@ def padded(columns: int) -> int:
 
 
 def merged_columns(sizes: ModelSizes) -> tuple[int, int]:
-    """Columns of the projection of u: main and camera q, k, v, output gate; of a GDN block with write strengths and decays, and of a softmax block."""
+    """Columns of the projection of u: main and camera q, k, v, output gate; of a GDN block with its gates, and of a softmax block."""
     return padded(7 * sizes.hidden + 2 * sizes.heads), padded(7 * sizes.hidden)
 
 
@@ -109,7 +109,7 @@ def _temporal(sizes: ModelSizes, target: int, a: Operand, b: Operand) -> Iterato
             tokens = sizes.tokens_per_frame
             config = default_config(target, a.kind, sizes.hidden, finish, tokens=tokens, taps=3)
             yield plans.temporal_conv(a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, carried, finish, config)
-    config = default_config(target, a.kind, sizes.hidden)
+    config = default_config(target, a.kind, sizes.hidden, first_tap=True)
     yield plans.gemm(a, b, sizes.hidden, sizes.hidden, sizes.tokens_per_frame, Finish(), config, 3 * sizes.hidden)
 
 

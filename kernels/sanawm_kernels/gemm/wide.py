@@ -1,9 +1,9 @@
 """Gluon kernel of the matrix products on Hopper with tiles of 192 x 256: bf16 or FP8 operands, bf16 results.
 
-It computes what `pingpong.gemm` does, with other roles: three consumers of four warps share a tile, 64 rows each, and finish it together. An instruction
-of 64 x 128 reads 96 bytes of shared memory a cycle, and copies into it write 37 a cycle for such a tile where they write 64 for one of 128 x 128; together
-133 and 160, of the 128 that a multiprocessor has. A tile also takes a quarter less from the second-level cache for each product, which is what counts
-where the power of the card sets its clock. In exchange an epilogue has no other tile's products beside it.
+It computes what `pingpong.gemm` does, with other roles: three consumers of four warps share a tile, 64 rows each, and finish it together. An
+instruction of 64 x 128 reads 96 bytes of shared memory a cycle, and copies into it write 37 a cycle for such a tile where they write 64 for one of
+128 x 128; together 133 and 160, of the 128 that a multiprocessor has. A tile also takes a quarter less from the second-level cache for each product,
+which is what counts where the power of the card sets its clock. In exchange an epilogue has no other tile's products beside it.
 (ptxas refuses instructions of 64 x 256 in programs of 512 threads.)
 """
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanawm_kernels.quant.triton import NO_CODES, NVFP4, nvfp4_blocks, saturate_e4m3, scale_offset
+from sanawm_kernels.quant.triton import FP8, NO_CODES, NVFP4, nvfp4_blocks, saturate_e4m3, scale_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -54,11 +55,12 @@ def _all_numbers(raw, BC: tl.constexpr):
 
 
 @triton.jit
-def _taps(taps, channel, present, G: tl.constexpr):
-    """The nine taps as float32 vectors."""
+def _taps(taps, channel, present, factor: tl.constexpr, G: tl.constexpr):
+    """The nine taps times a factor as float32 vectors."""
     found = ()
     for i in tl.static_range(9):
-        found = found + (tl.load(taps + i * 2 * G + channel, mask=present, other=0.0).to(tl.float32),)  # type: ignore[assignment] # noqa: RUF005
+        tap = tl.load(taps + i * 2 * G + channel, mask=present, other=0.0).to(tl.float32) * factor
+        found = found + (tap,)  # type: ignore[assignment] # noqa: RUF005
     return found
 
 
@@ -121,9 +123,13 @@ def depthwise_glu(
     # The last frames first: what the product before has written last is still in the second-level cache.
     first_pixel = (tl.num_programs(2) - 1 - tl.program_id(2)) * (H * W)
     present = channel < G
-    v_taps, g_taps = _taps(taps, channel, present, G), _taps(taps, channel + G, present, G)
-    v_bias = tl.load(bias + channel, mask=present, other=0.0).to(tl.float32)
-    g_bias = tl.load(bias + G + channel, mask=present, other=0.0).to(tl.float32)
+    # With FP8, where arithmetic takes longest, gates are -log2(e) times as large, ready for exp2, and values -log(2) times: their product stays.
+    v_factor: tl.constexpr = -LN_2 if QUANT == FP8 else 1.0
+    g_factor: tl.constexpr = -LOG2_E if QUANT == FP8 else 1.0
+    exponent: tl.constexpr = 1.0 if QUANT == FP8 else -LOG2_E
+    v_taps, g_taps = _taps(taps, channel, present, v_factor, G), _taps(taps, channel + G, present, g_factor, G)
+    v_bias = tl.load(bias + channel, mask=present, other=0.0).to(tl.float32) * v_factor
+    g_bias = tl.load(bias + G + channel, mask=present, other=0.0).to(tl.float32) * g_factor
     half: tl.constexpr = G // 2 if PAIRS else G
     if PAIRS:
         source, unit, step = x.to(tl.pointer_type(tl.int32), bitcast=True), block // 2 + tl.arange(0, BC // 2), x_row.to(tl.int64) // 2
@@ -155,7 +161,7 @@ def depthwise_glu(
         done = (y > y0) & (y <= H)
         for i in tl.static_range(BX):
             # The square of a reciprocal root costs a third of a division.
-            root = tl.math.rsqrt(1.0 + tl.exp2(gate[i] * -LOG2_E))
+            root = tl.math.rsqrt(1.0 + tl.exp2(gate[i] * exponent))
             result = (value[i] * gate[i] * (root * root)).to(x.dtype.element_ty)
             shown = done & (W % BX == 0 or x0 + i < W)
             _store(result, out, codes, scales, factor, pixel, i, block, shown, G, BC, QUANT, SWIZZLED, NATIVE)
