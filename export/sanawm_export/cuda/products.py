@@ -162,7 +162,7 @@ def product(
         weight=ctx.kind, **parameters,
     )  # fmt: skip
     unit = _unit(ctx, name)
-    config = default_config(ctx.target, unit, columns, finish, tokens=tokens, first_tap=taps > 1)
+    config = default_config(ctx.target, unit, columns, finish, tokens=tokens, rows=M)
     pitch = None if taps == 1 else taps * depth
     variant = plans.gemm(operand_of(x.quant, ctx.kind), _b_operand(ctx, name), columns, depth, tokens, finish, config, pitch)
     bindings = {**_a_arguments(x), **b, "bias": bias, **_finish_arguments(operands), "out": result, "squares": squares, **fill, "M": M}

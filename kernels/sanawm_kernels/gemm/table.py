@@ -68,6 +68,8 @@ MULTIPROCESSORS = {90: 132}
 # Products with at least so many output channels have enough tiles of 256 columns to fill a GPU.
 WIDE = 4096
 
+# Rows that fill a GPU with tiles of 192 rows.
+MANY = 2048
 # Products with at most so many have few tiles, and smaller ones give more programs.
 NARROW = 128
 
@@ -148,19 +150,19 @@ TILES: tuple[Row, ...] = (
 
 def default_config(
     target: int, kind: str, columns: int, finish: Finish | None = None, *, tokens: int = 1, taps: int = 1, swizzled: bool = False,
-    batched: bool = False, first_tap: bool = False,
+    batched: bool = False, rows: int = 0,
 ) -> Config:  # fmt: skip
     """Tile of a product with operands of `kind`, that many output channels and an epilogue; ValueError for an architecture without one.
 
     tokens: rows that share a frame gate. taps: 3 for a temporal convolution, `batched` if it is one of several batches, whose rows no single
-    descriptor covers; `first_tap` for the product of one frame with the first of them.
+    descriptor covers. rows: of the activations, as far as they matter: a chunk's are enough for large tiles, a frame's and a prompt's are not.
     """
     finish = finish or Finish()
     glu, described = finish.glu, not (finish.glu or batched)
     roles = described and roles_fit(kind, finish, tokens)
     facts = {
         "kind": "bf16" if kind == "fp16" else kind, "swizzled": swizzled, "descriptors": described, "roles": roles, "taps": taps, "silu": finish.silu,
-        "wide": columns >= WIDE, "narrow": columns <= NARROW and not finish.squares, "bare": roles and finish.bare and not first_tap,
+        "wide": columns >= WIDE, "narrow": columns <= NARROW and not finish.squares, "bare": roles and finish.bare and rows >= MANY,
     }  # fmt: skip
     row = choose_row(TILES, "product", target, **facts)
     config = Config(warps=row.num_warps, stages=row.num_stages, **row.settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from sanawm_kernels.aot.spec import KernelVariant, ModelSizes
@@ -42,9 +43,11 @@ def variants(sizes: ModelSizes, target: int) -> list[KernelVariant]:
     """Every product of a block in every format, and the small products around the blocks in bf16."""
     found: dict[str, KernelVariant] = {}
     for a, b in operands(target):
-        for columns, depth, finish in _block_products(sizes, target):
-            config = default_config(target, a.kind, columns, finish, tokens=sizes.tokens_per_frame, swizzled=a.swizzled)
-            variant = plans.gemm(a, b, columns, depth, sizes.tokens_per_frame, finish, config)
+        tokens = sizes.tokens_per_frame
+        # The clean pass of the last block has a frame's rows.
+        for (columns, depth, finish), frames in product(_block_products(sizes, target), (1, *sizes.frames)):
+            config = default_config(target, a.kind, columns, finish, tokens=tokens, swizzled=a.swizzled, rows=frames * tokens)
+            variant = plans.gemm(a, b, columns, depth, tokens, finish, config)
             found[variant.name] = variant
         if not a.row_scales:
             found |= {variant.name: variant for variant in _temporal(sizes, target, a, b)}
@@ -109,7 +112,7 @@ def _temporal(sizes: ModelSizes, target: int, a: Operand, b: Operand) -> Iterato
             tokens = sizes.tokens_per_frame
             config = default_config(target, a.kind, sizes.hidden, finish, tokens=tokens, taps=3)
             yield plans.temporal_conv(a, b, sizes.hidden, sizes.hidden, tokens, frames * tokens, carried, finish, config)
-    config = default_config(target, a.kind, sizes.hidden, first_tap=True)
+    config = default_config(target, a.kind, sizes.hidden)
     yield plans.gemm(a, b, sizes.hidden, sizes.hidden, sizes.tokens_per_frame, Finish(), config, 3 * sizes.hidden)
 
 
