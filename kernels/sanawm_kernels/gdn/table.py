@@ -18,12 +18,12 @@ _HALVES = {"precision": "bf16", "halves": True}
 
 TABLE: tuple[Row, ...] = (
     Row(
-        "combine", _HOPPER, {"KERNEL": "combine_hopper", "ROWS": 64}, 8, 1, _TIMED, "not timed: 100 programs of 225 KiB, one round",
+        "combine", _HOPPER, {"KERNEL": "combine_hopper", "ROWS": 64}, 8, 1, _TIMED, "17.6 us on an H200, 16 warps 21.9: 100 programs of 225 KiB, one round",
         {**_HALVES, "splits": 1},
     ),
     Row(
         "apply", _HOPPER, {"KERNEL": "apply_hopper", "R": 64, "TILES": 5, "REGISTERS": 168}, 4, 1, _TIMED,
-        "not timed: 360 programs, three a multiprocessor, one round", _HALVES,
+        "30.5 us on an H200, other TILES 32.6 to 36.1: 360 programs, three a multiprocessor, one round", _HALVES,
     ),
     Row("combine", _HOPPER, {"ROWS": 32}, 8, 1, _TIMED, "30.8 us on an H200, 16 rows 38.3", _BF16),
     Row("apply", _HOPPER, {"R": 32, "TILES": 7}, 8, 1, _TIMED, "54.8 us on an H200, the median of 22 candidates 64.4", _BF16),
