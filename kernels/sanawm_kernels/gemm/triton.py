@@ -133,8 +133,10 @@ def _linear(what: str, x: Operand, weight: Operand, epilogue: Epilogue, config: 
     finishing = _Finishing(epilogue, (*values.shape[:2], columns), output_dtype(x, epilogue), device, what)
     if config is None:
         swizzled = a.swizzled or b.swizzled
-        facts = {"tokens": finishing.tokens, "swizzled": swizzled, "rows": values.shape[0] * values.shape[1]}
-        config = table.default_config(target(device), a.kind, columns, finishing.finish, **facts)
+        count = values.shape[0] * values.shape[1]
+        config = table.default_config(
+            target(device), a.kind, columns, finishing.finish, tokens=finishing.tokens, swizzled=swizzled, rows=count
+        )
     finishing.make_squares(config.squares_width)
     flat = rows(values, f"{what} x")
     if isinstance(x, Nvfp4Tensor) and x.layout == "rows" and flat.stride(0) != flat.shape[1]:
