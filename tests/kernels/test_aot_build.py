@@ -26,7 +26,10 @@ from sanawm_kernels.aot.cli import kernels_group
 from sanawm_kernels.aot.spec import KernelVariant, ModelSizes
 from sanawm_kernels.gdn.plans import Problem, prepare
 
-HOT = ("gdn.prepare.block.3f.bf16.bf16.read", "gdn.prepare.block.3f.bf16.bf16.commit", "gdn.summarize.*.3f.*", "gdn.combine.*.3f.*.commit", "gdn.apply.*.3f.*")
+HOT = (
+    "gdn.prepare.block.3f.bf16.bf16.read", "gdn.prepare.block.3f.bf16.bf16.commit", "gdn.summarize.*.3f.*", "gdn.combine.*.3f.*.commit",
+    "gdn.combine.*.3f.*.commit.hopper", "gdn.apply.*.3f.*",
+)  # fmt: skip
 SOME = ("gdn.summarize.*.3f.*", "gdn.apply.*.3f.*")
 QUICK = "gdn.prepare.block.3f.bf16.bf16.read_first"
 

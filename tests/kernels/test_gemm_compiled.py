@@ -33,6 +33,14 @@ CASES: list[tuple[str, str, int, list[str]]] = [
         90,
         ["wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "cp.async.bulk.tensor", "setmaxnreg"],
     ),
+    (
+        "gemm",
+        "gemm.n2240.k6720.bf16.plain.bf16.wide",
+        90,
+        ["wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16", "cp.async.bulk.tensor", "setmaxnreg"],
+    ),
+    ("gdn", "gdn.apply.block.3f.bf16.bf16.hopper", 90, ["wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16", "ld.global.v4", "st.global.v4"]),
+    ("gdn", "gdn.combine.block.3f.bf16.bf16.commit.hopper", 90, ["wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32", "cp.async"]),
     ("gemm", "gemm.n15744.k2240.bf16.bias.bf16.tma", 90, ["wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", "cp.async.bulk.tensor"]),
     (
         "gemm",
