@@ -26,13 +26,13 @@ PRODUCTS = {"merged": "plain", "ffn_in": "silu", "ffn_out": "plain", "square": "
 # Columns, warps and stages that fit 227 KiB; a wide tile needs 8 warps for its sums.
 TILES = ((256, 8, 3), (256, 8, 4), (128, 8, 4), (128, 8, 5), (128, 4, 4))
 
-
-# Chunks of the epilogue, stages and chunks in flight.
+# Of consumers that take turns: chunks of the epilogue, stages and chunks in flight. Of those that share a tile: chunks, and chunks in flight.
 TURNS = ((64, 6, 1), (64, 5, 2), (128, 5, 1))
+SHARED = ((64, 1), (64, 2), (32, 4))
 
 
 def candidates(kind: str) -> Iterator[Config]:
-    """Tiles to try for operands of a kind, of the kernels whose consumers take turns and of those without."""
+    """Tiles to try for operands of a kind, of the kernels whose consumers take turns or share a tile and of those without."""
     depth = 64 if kind == "bf16" else 128
     for (columns, warps, stages), slices, group in product(TILES, (1, 2, 4), (4, 8, 21)):
         if columns // slices >= 64:
@@ -40,6 +40,8 @@ def candidates(kind: str) -> Iterator[Config]:
     for (chunk, stages, ring), slices, group in product(TURNS, (1, 2), (4, 8, 21)):
         if chunk >= 128 // slices:
             yield Config(128, 128, depth, group, 4, stages, slices, persistent=1, form="pingpong", chunk=chunk, ring=ring)
+    for (chunk, ring), group in product(SHARED, (7, 14)):
+        yield Config(192, 256, depth, group, 4, 3, 8, persistent=1, form="wide", chunk=chunk, ring=ring)
 
 
 def prepared(name: str, kind: str) -> Callable[[Config], Any]:

@@ -41,6 +41,8 @@ class FragmentEncoder:
         if fps <= 0:
             raise InputError(f"mp4 video needs a positive number of frames a second, found {fps}")
         self._av = av
+        # One for all frames: to set up a conversion takes as long as the conversion of a frame.
+        self._converter = av.video.reformatter.VideoReformatter()
         self._fragments = 0
         self._frames = 0
         sink = io.BytesIO()
@@ -92,8 +94,8 @@ class FragmentEncoder:
         colours = video.reformatter.Colorspace.ITU709
         ranges = video.reformatter.ColorRange
         rgb = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
-        picture = rgb.reformat(
-            format="yuv420p", src_colorspace=colours, dst_colorspace=colours, src_color_range=ranges.JPEG, dst_color_range=ranges.MPEG
+        picture: Any = self._converter.reformat(
+            rgb, format="yuv420p", src_colorspace=colours, dst_colorspace=colours, src_color_range=ranges.JPEG, dst_color_range=ranges.MPEG
         )
         picture.pts = self._frames
         picture.time_base = self._stream.codec_context.time_base
