@@ -91,9 +91,9 @@ def test_every_program_of_a_calibrated_build_can_be_enqueued(files: tuple[Path, 
     """Alignment, sizes, grids and parameters, as the driver would see them."""
     bundle = build.build_cuda(request(open_checkpoint(files[0]), precision, files[1]), tmp_path / "bundle")
     entries = {e["name"].encode(): e for e in json.loads(bundle.read("kernels/index.json"))["kernels"]}
-    writes: dict[str, Any] = {}
-    for entry in bundle.manifest.programs.values():
-        writes |= {step.kernel: step.writes for step in Plan.from_json(bundle.read(entry.file)).steps if isinstance(step, Launch)}
+    launches = [step for e in bundle.manifest.programs.values() for step in Plan.from_json(bundle.read(e.file)).steps if isinstance(step, Launch)]
+    assert any(step.label.endswith(".gates") for step in launches)
+    writes: dict[str, Any] = {step.kernel: step.writes for step in launches}
     driver = cuda_fake.FakeDriver(entries, writes, capability=120)
     engine = CudaEngine(bundle, Gpu(driver=driver))
     for name in ("prompt_kv", "camera", "denoise_first", "denoise_steady", "commit_steady"):
@@ -102,7 +102,7 @@ def test_every_program_of_a_calibrated_build_can_be_enqueued(files: tuple[Path, 
         buffers = {spec.name: engine.allocate(spec) for spec in specs}
         engine.run(name, buffers)
         buffers.clear()
-    assert any("beta_decay" in launch.kernel for launch in driver.launches)
+    assert driver.launches
     engine.close()
 
 
