@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import cuda_worlds
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sanawm.camera.rope import rope_time
@@ -57,16 +57,6 @@ class Lab:
     def plan_outputs(self, name: str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         chosen = {spec.name: inputs[spec.name] for spec in self.programs[name].inputs}
         return reference.run(self.lowered[name], chosen, self.packed)
-
-    @torch.no_grad()
-    def carried(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The model's tensors as plans hold them: for the FFN's last frame stands what the next chunk's first frame adds for it."""
-        found = dict(tensors)
-        for name, tail in tensors.items():
-            if name.endswith(".ffn_tail"):
-                taps = self.model.get_parameter(f"blocks.{name.split('.')[1]}.mlp.t_conv.weight")
-                found[name] = F.linear(tail.reshape(-1, taps.shape[1]), taps[:, :, 0, 0]).reshape(tail.shape)
-        return found
 
     def random(self, name: str, tensor: str, seed: int) -> Tensor:
         spec = self.programs[name].input(tensor)
@@ -145,7 +135,7 @@ def truth(exact: Lab) -> Steps:
 def test_float32_plans_equal_the_model(exact: Lab, truth: Steps) -> None:
     seen = set()
     for name, inputs, want in truth:
-        got, want = exact.plan_outputs(name, exact.carried(inputs)), exact.carried(want)
+        got, want = exact.plan_outputs(name, cuda_worlds.held(exact.model, inputs)), cuda_worlds.held(exact.model, want)
         assert set(got) == {spec.name for spec in exact.programs[name].outputs}
         for key, tensor in got.items():
             # Sums in another order give 1e-6; modulation rows are computed in float64 here, where the model's sinusoid is one unit in the last
@@ -160,7 +150,7 @@ def test_bfloat16_plans_are_as_close_to_float32_as_the_bfloat16_model(exact: Lab
     model = [outputs for _, _, outputs in rollout(half, half.model_outputs)]
     plan = [(name, outputs) for name, _, outputs in rollout(half, half.plan_outputs)]
     for (name, ours), theirs, (_, _, want) in zip(plan, model, truth, strict=True):
-        theirs, want = half.carried(theirs), exact.carried(want)
+        theirs, want = cuda_worlds.held(half.model, theirs), cuda_worlds.held(exact.model, want)
         for key in ours:
             if name.startswith("camera") and not key.startswith("plucker"):
                 assert error(ours[key], want[key]) < 1e-6  # tables and matrices are float32 in both

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import cuda_fake  # beside this file
+import torch
+import torch.nn.functional as F
 
 from sanawm.config import DiTConfig, StreamConfig, WorldConfig, tiny_config
 from sanawm.model.checkpoint.values import synth_tensor
+from sanawm.model.dit import SanaWM
 from sanawm.programs import Geometry, programs
 from sanawm_export.build import program_entry
 from sanawm_export.bundle_writer import BundleWriter
@@ -83,3 +86,14 @@ class Built:
 
     def device(self, driver: cuda_fake.FakeDriver) -> Gpu:
         return Gpu(driver=driver)
+
+
+@torch.no_grad()
+def held(model: SanaWM, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's tensors as plans hold them: for the FFN's last frame stands what the next chunk's first frame adds for it."""
+    found = dict(tensors)
+    for name, tail in tensors.items():
+        if name.endswith(".ffn_tail"):
+            taps = model.get_parameter(f"blocks.{name.split('.')[1]}.mlp.t_conv.weight")
+            found[name] = F.linear(tail.reshape(-1, taps.shape[1]), taps[:, :, 0, 0]).reshape(tail.shape)
+    return found
