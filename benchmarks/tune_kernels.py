@@ -217,7 +217,7 @@ class Inputs:
 BOUNDS = dict.fromkeys(GDN, 3.8e-3) | {"cross": 6e-3, "transpose": 1e-3, "fp8_rows": 4e-3}
 # Bytes that a launch must move, for the share of the copy bandwidth.
 BYTES = {
-    "prepare": 132.2e6, "summarize": 74.5e6, "combine": 26.2e6, "apply": 52.4e6, "cross": 27.1e6, "depthwise": 106.7e6,
+    "prepare": 132.2e6, "summarize": 74.6e6, "combine": 20.2e6, "apply": 52.4e6, "cross": 27.1e6, "depthwise": 106.7e6,
     "rope": 48.5e6, "ucpe": 71.9e6, "inverse_ucpe": 24.1e6, "transpose": 17.7e6, "modulate": 23.7e6, "fp8_rows": 17.8e6,
 }  # fmt: skip
 _inputs: dict[int, Inputs] = {}

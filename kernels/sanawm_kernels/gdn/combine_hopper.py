@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from sanawm_kernels import roles
+from sanawm_kernels.gdn.transforms import decay_factor, round_tf32
 
 # Rows of a program, which are those of one instruction; padded width of a head; matrices in shared memory.
 ROWS = gl.constexpr(64)
@@ -86,12 +87,10 @@ def combine(
 @gluon.jit
 def _decays(decay_sums, A_log, dt_bias, T: gl.constexpr, S: gl.constexpr):
     """The frames' decay factors, as a tuple."""
-    rate, bias = gl.exp(gl.load(A_log).to(gl.float32)), gl.load(dt_bias).to(gl.float32)
+    rate, bias = gl.load(A_log).to(gl.float32), gl.load(dt_bias).to(gl.float32)
     found = ()
     for t in gl.static_range(T):
-        x = gl.load(decay_sums + t) / S + bias
-        softplus = gl.where(x > 20.0, x, gl.log(1.0 + gl.exp(gl.minimum(x, 20.0))))
-        found += (gl.exp(-rate * softplus),)  # type: ignore[assignment]
+        found += (decay_factor(gl.load(decay_sums + t) / S, rate, bias),)  # type: ignore[assignment]
     return found
 
 
@@ -102,13 +101,6 @@ def _corrections(inflation, T: gl.constexpr, S: gl.constexpr, CAMERA: gl.constex
     for t in gl.static_range(T):
         found += (1.0 / gl.maximum(gl.load(inflation + t) / S, 1.0) if CAMERA else 1.0,)  # type: ignore[assignment]
     return found
-
-
-@gluon.jit
-def _rounded(x):
-    """float32 rounded to tf32 as `transforms.round_tf32`."""
-    nearest = ((x.to(gl.int32, bitcast=True) + 0x1000) & -0x2000).to(gl.float32, bitcast=True)
-    return gl.where(x == x, nearest, x)
 
 
 @gluon.jit
@@ -158,7 +150,7 @@ def _scan_rows(
         if (step > 0 and step != T - 1) or (step == T - 1 and HAS_STATE):
             # All warps have multiplied the state before.
             roles.barrier()
-            left.store(_rounded(state))
+            left.store(round_tf32(state))
             async_copy.wait_group(HELD - 1)
             fence_async_shared()
             roles.barrier()
