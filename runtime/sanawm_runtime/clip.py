@@ -6,6 +6,7 @@ import concurrent.futures
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from sanawm.errors import CameraError, InputError
 from sanawm.schedule import pixel_frames
 from sanawm_runtime.chunk import Chunk
 from sanawm_runtime.stream import AtEnd
-from sanawm_runtime.video import open_writer
+from sanawm_runtime.video import VideoWriter, open_writer
 from sanawm_runtime.world import ImageSource, IntrinsicsSource, World
 
 # chunks done, chunks in all, the chunk just finished
@@ -89,37 +90,51 @@ def camera_path(request: ClipRequest) -> tuple[NDArray[np.float64], str]:
 
 
 class _Behind:
-    """Writes chunks in a thread of its own, while the next chunk is generated; the next one waits until the last is written.
+    """Writes chunks while the next ones are generated, in order, with up to AHEAD of them under way.
 
     `first_at` is when the first chunk was written.
     """
 
-    def __init__(self, writers: Sequence[Any]) -> None:
+    AHEAD = 4
+
+    def __init__(self, writers: Sequence[VideoWriter]) -> None:
         self._writers = writers
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "sanawm-writer")
-        self._last: concurrent.futures.Future[None] | None = None
+        self._begun: deque[concurrent.futures.Future[None]] = deque()
+        self._failed = False
         self.first_at = 0.0
 
     def append(self, chunk: Chunk) -> float:
-        """Give a chunk to the writers; the seconds that it waited. Raises what the chunk before raised."""
+        """Give a chunk to the writers; the seconds that it waited. Raises what an earlier chunk raised."""
         begin = time.perf_counter()
-        self.wait()
-        self._last = self._thread.submit(self._write, chunk)
+        self._wait(self.AHEAD - 1)
+        try:
+            finish = [writer.begin(chunk.frames if writer.takes == "frames" else chunk.latents[0]) for writer in self._writers]
+        except (ValueError, RuntimeError):
+            self._wait()  # a writer that failed closes itself: say why
+            raise
+        self._begun.append(self._thread.submit(self._write, finish))
         return time.perf_counter() - begin
 
-    def _write(self, chunk: Chunk) -> None:
-        for writer in self._writers:
-            writer.append(chunk.frames if writer.takes == "frames" else chunk.latents[0])
+    def _write(self, finish: Sequence[Callable[[], None]]) -> None:
+        if self._failed:
+            return
+        self._failed = True  # until the last writer is done: what follows a gap is not written
+        for write in finish:
+            write()
+        self._failed = False
         self.first_at = self.first_at or time.perf_counter()
 
+    def _wait(self, left: int = 0) -> None:
+        while len(self._begun) > left or (self._begun and self._begun[0].done()):
+            self._begun.popleft().result()
+
     def wait(self) -> None:
-        """Wait for the last chunk. Raises what it raised."""
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+        """Wait for every chunk. Raises what the first of them raised."""
+        self._wait()
 
     def stop(self) -> None:
-        """Wait for the thread, whatever became of its work."""
+        """Wait until the chunks that were given are written, or one of them failed."""
         self._thread.shutdown()
 
 

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Protocol, Self
 
 import numpy as np
 
 from sanawm.errors import InputError
-from sanawm_runtime.mp4 import FragmentEncoder
+from sanawm_runtime.mp4 import FragmentEncoder, encoder_lanes
 
 # Shape letters: F frames, H pixel rows, W pixel columns; C latent channels, T latent frames, h and w latent rows and columns.
 
 
 class VideoWriter(Protocol):
-    """Takes chunks as they are generated: pixels or latents, as `takes` says. `frames` counts what is written."""
+    """Takes chunks as they are generated: pixels or latents, as `takes` says. `frames` counts what is written.
+
+    `append` writes a chunk. `begin` starts what can be done side by side with other chunks; the calls that it returns write, and are made one
+    after the other in the chunks' order.
+    """
 
     path: Path
     frames: int
     takes: Literal["frames", "latents"]
 
     def append(self, chunk: np.ndarray) -> None: ...
+    def begin(self, chunk: np.ndarray) -> Callable[[], None]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None: ...
@@ -48,6 +53,12 @@ class _Writer:
             return
         with contextlib.suppress(InputError, OSError):  # the error that led here is the one to see
             self.abort()
+
+    def append(self, chunk: np.ndarray) -> None:
+        raise NotImplementedError
+
+    def begin(self, chunk: np.ndarray) -> Callable[[], None]:
+        return lambda: self.append(chunk)
 
     def close(self) -> None:
         raise NotImplementedError
@@ -74,14 +85,15 @@ class Mp4Writer(_Writer):
     file is a complete video of the chunks so far. It appears with its first chunk; until then whatever was at `path` stays, and a failure
     leaves it so. An interruption or a full disk later keeps the chunks already written. Rows and columns are even (4:2:0 chroma); colours
     are tagged and converted as BT.709, limited range. `codec` is "auto" (libx264), "libx264", or "h264_nvenc", which never falls back to
-    another. Raises InputError for a place that cannot be written, EngineError for a missing encoder.
+    another; `lanes` of it encode side by side what `begin` gives them. Raises InputError for a place that cannot be written, EngineError
+    for a missing encoder.
     """
 
-    def __init__(self, path: str | os.PathLike[str], fps: int, height: int, width: int, codec: str = "auto") -> None:
+    def __init__(self, path: str | os.PathLike[str], fps: int, height: int, width: int, codec: str = "auto", lanes: int = 1) -> None:
         super().__init__(Path(path))
         self.height, self.width = height, width
         _check_place(self.path)
-        self._encoder = FragmentEncoder(fps, height, width, codec)
+        self._encoder = FragmentEncoder(fps, height, width, codec, lanes)
         self.codec = self._encoder.codec
         self._temporary: Path | None = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         with _writing(self.path):
@@ -90,11 +102,18 @@ class Mp4Writer(_Writer):
         self._length = 0
 
     def append(self, chunk: np.ndarray) -> None:
+        self.begin(chunk)()
+
+    def begin(self, chunk: np.ndarray) -> Callable[[], None]:
         self._check_open()
         _check_frames(chunk, self.height, self.width)
         if not len(chunk):
-            return
-        fragment = self._encoder.encode(chunk)
+            return lambda: None
+        encoded = self._encoder.begin(chunk)
+        return lambda: self._write(encoded(), len(chunk))
+
+    def _write(self, fragment: bytes, frames: int) -> None:
+        self._check_open()
         data = fragment if self.frames else self._encoder.head + fragment
         try:
             with _writing(self.path):
@@ -105,7 +124,7 @@ class Mp4Writer(_Writer):
                 self.close()
             raise InputError(f"{error}{kept}") from error.__cause__
         self._length += len(data)
-        self.frames += len(chunk)
+        self.frames += frames
         if self._temporary is not None:
             self._put_in_place(self._temporary)
 
@@ -242,7 +261,7 @@ def open_writer(
     if place.is_dir() or text.endswith(("/", os.sep)) or not suffix:
         return PngWriter(place)
     if suffix == ".mp4":
-        return Mp4Writer(place, fps, height, width, codec)
+        return Mp4Writer(place, fps, height, width, codec, encoder_lanes(codec))
     if suffix == ".npy":
         return LatentWriter(place)
     if suffix == ".png":

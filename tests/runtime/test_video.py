@@ -60,6 +60,40 @@ def test_every_chunk_starts_with_a_keyframe_and_time_runs_on(tmp_path):
         assert all(packet.pts == packet.dts for packet in packets)
 
 
+def test_chunks_that_are_encoded_side_by_side_come_in_order(tmp_path):
+    parts = [moving(17), moving(24, 17), moving(8, 41), moving(1, 49), moving(24, 50)]
+    for name in ("a.mp4", "b.mp4"):
+        with Mp4Writer(tmp_path / name, 16, H, W, lanes=3) as writer:
+            for write in [writer.begin(part) for part in parts]:
+                write()
+    shown = decode(tmp_path / "a.mp4")
+    assert len(shown) == 74 and min(psnr(a, b) for a, b in zip(shown, np.concatenate(parts))) > 40  # as above
+    with av.open(tmp_path / "a.mp4") as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    # The first chunk is cut into a part for each encoder.
+    assert [index for index, packet in enumerate(packets) if packet.is_keyframe] == [0, 6, 12, 17, 41, 49, 50]
+    assert [packet.pts * packet.time_base * 16 for packet in packets] == list(range(74))
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+def test_a_failure_leaves_out_all_that_was_begun_after_it(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="No space left.*the 9 frames before are kept"), Mp4Writer(tmp_path / "out.mp4", 16, H, W, lanes=2) as writer:
+        writes = [writer.begin(moving(count, start)) for start, count in ((0, 9), (9, 8), (17, 8))]
+        writes[0]()
+        with monkeypatch.context() as patch:
+            patch.setattr("sanawm_runtime.video._write_all", full)
+            try:
+                writes[1]()
+            finally:
+                with pytest.raises(ValueError, match="closed"):
+                    writes[2]()
+    assert len(decode(tmp_path / "out.mp4")) == 9
+
+
+def full(file, data):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 def test_a_player_can_seek(tmp_path):
     with Mp4Writer(tmp_path / "out.mp4", 16, H, W) as writer:
         for chunk in range(4):
