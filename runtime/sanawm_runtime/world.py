@@ -43,6 +43,10 @@ ImageSource = str | os.PathLike[str] | bytes | NDArray[np.uint8] | Image.Image
 IntrinsicsSource = str | os.PathLike[str] | NDArray
 
 
+# After a first and a second chunk, a steady one for each of the two sets of state that take turns.
+RECORDED_CHUNKS = 4
+
+
 def _check_device(target: TargetEntry) -> None:
     # A bundle for the CPU does not need the driver to be asked.
     if target.capability is not None:
@@ -117,13 +121,20 @@ class World:
         return self.turns.closed
 
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Load every program now instead of when it is first needed. `progress` gets a program's name, its number from 1, and how many."""
+        """Load every program now instead of when it is first needed. `progress` gets a program's name, its number from 1, and how many.
+
+        An engine that records graphs also makes a few chunks of a stream that nobody sees: the next stream takes over its memory and graphs.
+        """
         for number, name in enumerate(self.programs, start=1):
             if progress:
                 progress(name, number, len(self.programs))
             with self.turns.take():
                 self.engine.activate()
                 self.engine.load(name)
+        if self.engine.whole_chunks:
+            with self.start(np.zeros((*self.image_size, 3), np.uint8), "") as stream:
+                for _ in stream.play("", chunks=RECORDED_CHUNKS):
+                    pass
 
     def start(
         self,

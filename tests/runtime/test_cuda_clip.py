@@ -183,6 +183,17 @@ def test_a_benchmark_of_clips_to_mp4(bundle: Any, driver: cuda_fake.FakeDriver, 
     assert found["recipe"] == "bf16" and found["memory"]["used_bytes"] > 0
 
 
+def test_a_warm_world_has_recorded_what_the_next_streams_run(bundle: Any, driver: cuda_fake.FakeDriver) -> None:
+    made = ("cuMemAlloc", "cuMemHostAlloc", "cuGraphInstantiate", "cuModuleLoadData")
+    with worlds.World.open(bundle.root) as world:
+        world.warm_up()
+        counts = [driver.calls.count(name) for name in made]
+        for prompt in (PROMPT, "Another street."):
+            with world.start(np.zeros((200, 330, 3), np.uint8), prompt) as stream:
+                assert sum(1 for _ in stream.play("w", chunks=6)) == 6
+            assert [driver.calls.count(name) for name in made] == counts
+
+
 def test_encoders_give_their_weights_back(bundle: Any, driver: cuda_fake.FakeDriver) -> None:
     """Each is a part of its own, so freeing it frees its weights; a repeated prompt needs no encoder."""
     picture = np.zeros((200, 330, 3), np.uint8)
@@ -195,3 +206,8 @@ def test_encoders_give_their_weights_back(bundle: Any, driver: cuda_fake.FakeDri
         world.start(picture, PROMPT).close()
         again = [launch.kernel for launch in driver.launches[launched:]]
         assert not any(name.startswith("text.") for name in again) and any(name.startswith("image.") for name in again)
+        for recorded in (1, 0):  # freeing an encoder costs nobody a chunk's graph
+            with world.start(picture, PROMPT) as stream:
+                made = driver.calls.count("cuGraphInstantiate")
+                stream.hold("w")
+                assert (driver.calls.count("cuGraphInstantiate") > made) is bool(recorded)

@@ -85,6 +85,46 @@ def test_other_buffers_get_a_graph_of_their_own(built: cuda_worlds.Built) -> Non
     engine.close()
 
 
+def test_buffers_after_others_get_their_memory_and_their_graphs(built: cuda_worlds.Built) -> None:
+    engine, driver = opened(built)
+    sets = [bound(engine, built, "camera") for _ in range(2)]
+    addresses = [{name: buffer.address for name, buffer in one.items()} for one in sets]
+    for buffers in sets:
+        engine.run("camera", buffers)
+    allocations = driver.calls.count("cuMemAlloc")
+    for order in (0, -1):  # whichever goes first, each finds its own again
+        del buffers
+        sets.pop(order)
+        sets.clear()
+        sets = [bound(engine, built, "camera") for _ in range(2)]
+        assert [{name: buffer.address for name, buffer in one.items()} for one in sets] == addresses
+        for buffers in sets:
+            # The driver raises for a write that does not wait for what the tensor before had under way.
+            engine.write(buffers["camera_conditions"], np.zeros(buffers["camera_conditions"].spec.shape, np.float32))
+            engine.run("camera", buffers)
+    assert driver.calls.count("cuMemAlloc") == allocations and driver.calls.count("cuGraphInstantiate") == 2
+    del buffers, sets
+    engine.close()
+
+
+def test_memory_without_a_tensor_makes_room_for_others(built: cuda_worlds.Built) -> None:
+    engine, driver = opened(built)
+    engine.allocate(TensorSpec("x", "float32", (64, 1024)))
+    real, refused = driver.cuMemAlloc, []
+
+    def scarce(size: int) -> tuple[Any, ...]:
+        if driver.calls.count("cuMemFree") == 0:
+            refused.append(size)
+            return 2, 0  # out of memory
+        return real(size)
+
+    driver.cuMemAlloc = scarce  # type: ignore[method-assign]
+    buffer = engine.allocate(TensorSpec("y", "float32", (64, 2048)))
+    assert refused == [buffer.spec.nbytes] and driver.calls.count("cuMemFree") == 1
+    del buffer
+    engine.close()
+
+
 def test_writes_reads_and_programs_are_ordered_across_streams(built: cuda_worlds.Built) -> None:
     """The driver raises for work on two streams that touches the same memory in no order."""
     engine, driver = opened(built)

@@ -1,7 +1,8 @@
-"""Tensors on the device, and copies of them that are under way to the host."""
+"""Tensors on the device, their memory, and copies of them that are under way to the host."""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,19 +19,55 @@ from sanawm_runtime.engines.base import Buffer, Pending
 STORAGE: Mapping[str, Any] = {"float32": np.float32, "bfloat16": np.uint16, "int64": np.int64, "bool": np.bool_, "uint8": np.uint8}
 
 
-class CudaBuffer(Buffer):
-    """Device memory of a tensor, with the last points at which it was written and read."""
+# Its number, its address, and the points at which it was last written and read.
+_Piece = tuple[int, int, Event | None, dict[int, Event]]
 
-    def __init__(self, spec: TensorSpec, device: Gpu) -> None:
+
+class Memory:
+    """Device memory of tensors. What a tensor gave back is kept for the next one of the same name and size, until the device has no room for others.
+
+    Of several pieces the first that was made is lent first. So a stream that follows another one has the addresses of the one before, tensor by
+    tensor, and the graphs that were recorded for them.
+    """
+
+    def __init__(self, device: Gpu) -> None:
+        self.device = device
+        self._made = 0
+        self._free: dict[tuple[str, int], list[_Piece]] = {}
+
+    def take(self, spec: TensorSpec) -> _Piece:
+        """Raises EngineError when there is not enough."""
+        kept = self._free.get((spec.name, spec.nbytes))
+        if kept:
+            return heapq.heappop(kept)
+        self._made += 1
+        try:
+            return self._made, self.device.allocate(spec.nbytes), None, {}
+        except EngineError:
+            self.release()
+            return self._made, self.device.allocate(spec.nbytes), None, {}
+
+    def give(self, spec: TensorSpec, piece: _Piece) -> None:
+        heapq.heappush(self._free.setdefault((spec.name, spec.nbytes), []), piece)
+
+    def release(self) -> None:
+        """Give the device what no tensor has."""
+        for kept in self._free.values():
+            while kept:
+                self.device.free(kept.pop()[1])  # the driver waits until nothing uses it
+
+
+class CudaBuffer(Buffer):
+    """Device memory of a tensor, with the last points at which it was written and read, by the tensor before it if need be."""
+
+    def __init__(self, spec: TensorSpec, memory: Memory) -> None:
         super().__init__(spec)
-        self._device = device
-        self.address = device.allocate(spec.nbytes)
-        self.written: Event | None = None
-        self.readers: dict[int, Event] = {}
+        self._memory = memory
+        self._number, self.address, self.written, self.readers = memory.take(spec)
 
     def __del__(self) -> None:
-        if hasattr(self, "address") and not self._device.closed:
-            self._device.free(self.address)  # the driver waits until nothing uses it
+        if hasattr(self, "address") and not self._memory.device.closed:
+            self._memory.give(self.spec, (self._number, self.address, self.written, self.readers))
 
 
 class PendingRead(Pending):

@@ -20,7 +20,7 @@ from sanawm.bfloat16 import to_bits
 from sanawm.errors import EngineError
 from sanawm.programs import TensorSpec
 from sanawm_runtime.bundle import Bundle
-from sanawm_runtime.engines._cuda_buffers import STORAGE, CudaBuffer, PendingRead, own
+from sanawm_runtime.engines._cuda_buffers import STORAGE, CudaBuffer, Memory, PendingRead, own
 from sanawm_runtime.engines._cuda_device import Event, Gpu, Timestamp, check_capability
 from sanawm_runtime.engines._cuda_kernels import Kernel, read_index
 from sanawm_runtime.engines._cuda_plan import Plan
@@ -61,6 +61,7 @@ class CudaEngine(Engine):
         self._device = device or Gpu()
         check_capability(self._device, bundle.manifest.target.capability)
         self._streams = {name: self._device.new_stream() for name in ("transformer", "other", "copy")}
+        self._memory = Memory(self._device)
         self._arenas: dict[str, int] = {}
         self._arena_bytes = self._largest_arenas()
         self._programs: dict[str, _Program] = {}
@@ -124,7 +125,7 @@ class CudaEngine(Engine):
         self._check_open()
         if spec.dtype not in STORAGE:
             raise EngineError(f"{spec.name} is {spec.dtype}, which the cuda engine does not hold; rebuild the bundle")
-        return CudaBuffer(spec, self._device)
+        return CudaBuffer(spec, self._memory)
 
     def write(self, buffer: Buffer, values: NDArray) -> None:
         target = own(buffer)
@@ -221,10 +222,13 @@ class CudaEngine(Engine):
         if found is None:
             return
         self._device.call("cuCtxSynchronize")
-        # A chunk's graph holds addresses of several programs' weights.
-        for _, graph in (*found.graphs.values(), *self._chunks.values()):
+        for _, graph in found.graphs.values():
             self._device.drop(graph)
-        self._chunks.clear()
+        if _stream_of(found.part) == "transformer":
+            # A chunk's graph holds addresses of the weights of several programs.
+            for _, graph in self._chunks.values():
+                self._device.drop(graph)
+            self._chunks.clear()
         part = self._parts[found.part]
         part.users.discard(program)
         if not part.users:
@@ -343,6 +347,7 @@ class CudaEngine(Engine):
             return
         for program in list(self._programs):
             self.unload(program)
+        self._memory.release()
         self._rows.clear()
         for address in (*self._row_blocks, *self._arenas.values()):
             self._device.free(address)
