@@ -32,7 +32,8 @@ from sanawm_export.onnx.export import program_module
 from sanawm_kernels.quant.formats import Fp8Tensor, Nvfp4Tensor
 from sanawm_runtime.engines._cuda_plan import Launch
 
-# Block 0 has every format, with two products of NVFP4 that differ in their scales alone; block 1 the guarded recipe's split.
+# Block 0 has every format, with two products of NVFP4 that differ in their scales alone; block 1 the guarded recipe's split. One block's Plücker
+# product takes the embedded maps, and the other one's the maps.
 RECIPE = """
 description = "Every format and every way to choose scales."
 [[layers]]
@@ -54,6 +55,10 @@ format = "nvfp4"
 [[layers]]
 roles = ["cross_q", "cross_kv"]
 blocks = "0"
+format = "bf16"
+[[layers]]
+roles = ["plucker"]
+blocks = "1"
 format = "bf16"
 """
 WORLD = small()
@@ -184,6 +189,12 @@ def test_products_are_split_by_format(exact: Lab) -> None:
     labels = [step.label for step in exact.lowered["denoise_first"].plan.steps if isinstance(step, Launch)]
     assert [n for n in labels if n.startswith("blocks.0.merged") and n.endswith("quantize")] == ["blocks.0.merged.1.quantize"]
     assert exact.found.widened == ()
+
+
+def test_plucker_products_take_the_maps_where_the_recipe_leaves_them_in_bfloat16(exact: Lab) -> None:
+    assert [exact.packed[f"blocks.{i}.plucker.{part}"].shape[1] for i, part in enumerate(("codes", "weight"))] == [64, 48]
+    labels = [step.label for step in exact.lowered["camera"].plan.steps if step.label.startswith("plucker")]
+    assert labels == ["plucker.tokens", "plucker", "plucker.0.quantize", "plucker.0", "plucker.1"]
 
 
 def test_what_the_kernels_cannot_split_is_widened_and_said() -> None:

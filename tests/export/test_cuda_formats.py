@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,6 +86,21 @@ def test_merged_rows_are_stacked_and_padded_with_zeros() -> None:
     np.testing.assert_array_equal(packed.make(lambda name, _: parts[name]), [[0, 1, 2], [3, 4, 5], [0, 0, 0], [1, 1, 1], [0, 0, 0]])
 
 
+def test_two_linear_layers_are_packed_as_one() -> None:
+    """Of the weights that bfloat16 can hold; the biases of both are in it."""
+    random = np.random.default_rng(5)
+    shapes = {"last.weight": (24, 32), "last.bias": (24,), "first.weight": (32, 6, 1, 1), "first.bias": (32,)}
+    parts = {name: random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    sources = tuple(Source(name, shape) for name, shape in shapes.items())
+    weight, bias = (
+        torch.from_numpy(Packed("w", "float32", shape, "composed", sources).make(lambda name, _: parts[name])) for shape in ((24, 6), (24,))
+    )
+    last, last_bias, first, first_bias = (torch.from_numpy(part).bfloat16().double() for part in parts.values())
+    x = torch.from_numpy(random.standard_normal((10, 6)))
+    want = F.linear(F.linear(x, first.reshape(32, 6), first_bias), last, last_bias)
+    torch.testing.assert_close(F.linear(x, weight.double(), bias.double()), want, rtol=1e-6, atol=1e-5)
+
+
 def velocity(formats: Formats, target: int) -> torch.Tensor:
     """Velocity of a tiny first chunk by the plan in these formats."""
     world = tiny_config()
@@ -140,6 +156,18 @@ def test_kernels_quantize_for_the_next_product_where_they_can() -> None:
     assert quantizing(formats_for(tiny_config().dit, "fp8"), 90) == {0: by_row, 3: by_row}
     for kinds in quantizing(formats_for(tiny_config().dit, "nvfp4"), 120).values():
         assert kinds == {"out_cam.quantize"}
+
+
+@pytest.mark.parametrize(("precision", "depth", "launches"), [*((precision, 48, 26) for precision in PRECISIONS), ("nvfp4-guarded", 2240, 28)])
+def test_plucker_products_take_the_maps_where_they_are_not_quantized(precision: str, depth: int, launches: int) -> None:
+    """Else they take an embedding of the maps, which is made and quantized once."""
+    world = WorldConfig()
+    geometry = Geometry(world, 512, 4, "bfloat16")
+    weights = dit_weights(geometry, planned_formats(world.dit, precision, None))
+    plan = lower_part_dit(geometry, weights, 120)["camera"].plan
+    assert len(plan.steps) == launches
+    assert [step.flops for step in plan.steps if step.label.startswith("plucker.") and step.flops] == [2 * 2640 * 2240 * depth] * 20
+    assert any(step.label == "plucker" for step in plan.steps) == ("plucker_embedder.weight" in weights.tensors) == (depth == 2240)
 
 
 @pytest.mark.parametrize("precision", [*PRECISIONS, "nvfp4-guarded", "nvfp4-official"])

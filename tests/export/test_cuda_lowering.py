@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import cuda_worlds
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+
+import cuda_worlds
 
 from sanawm.camera.rope import rope_time
 from sanawm.config import WorldConfig, tiny_config

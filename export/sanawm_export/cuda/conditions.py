@@ -6,7 +6,7 @@ from sanawm.errors import UserError
 from sanawm.programs import Program
 from sanawm_export.cuda.attention import CROSS_NORM_EPS
 from sanawm_export.cuda.context import Context, Rows
-from sanawm_export.cuda.dit import embed
+from sanawm_export.cuda.dit import tokens_of
 from sanawm_export.cuda.products import Forms, product
 from sanawm_export.cuda.tape import Lowered, Tape
 from sanawm_export.cuda.tokens import rms_norm
@@ -32,10 +32,13 @@ def lower_camera(program: Program, weights: DiTWeights, target: int) -> Lowered:
             tables = {"time": tape.input(f"time_{part}"), "rows": ctx.weight(f"rope.row_{part}"), "columns": ctx.weight(f"rope.column_{part}")}
             variant = chunk.rope_table(c.height, c.width, c.rope_pairs, keep)
             tape.launch(f"{prefix}{part}", variant, {**tables, "out": tape.output(f"{prefix}{part}"), "N": M}, ("out",))
-    p = Forms(ctx, Rows(embed(ctx, "plucker", "plucker_embedder", maps)))
+    tokens = tokens_of(ctx, "plucker.tokens", maps)
+    composed = [weights.composes_plucker(i) for i in range(c.depth)]
+    embedded = None if all(composed) else Forms(ctx, product(ctx, "plucker", "plucker_embedder", tokens))
     for i in range(c.depth):
-        name = f"blocks.{i}.plucker"
-        product(ctx, f"plucker.{i}", name, p.of(f"plucker.{i}", name), out=tape.output(f"plucker.{i}").reshape(M, c.hidden))
+        label, name = f"plucker.{i}", f"blocks.{i}.plucker"
+        x = tokens if embedded is None or composed[i] else embedded.of(label, name)
+        product(ctx, label, name, x, out=tape.output(label).reshape(M, c.hidden))
     return tape.finish()
 
 

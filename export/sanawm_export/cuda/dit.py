@@ -74,16 +74,15 @@ def _transpose(ctx: Context, label: str, x: View, out: View) -> View:
     return out
 
 
-def embed(ctx: Context, label: str, name: str, maps: View) -> View:
-    """Channel-major maps (1, K, T, h, w) to embedded tokens (M, C)."""
+def tokens_of(ctx: Context, label: str, maps: View) -> Rows:
+    """Channel-major maps (1, K, T, h, w) as tokens (M, K)."""
     K = maps.shape[1]
     M = maps.shape[2] * maps.shape[3] * maps.shape[4]
-    tokens = _transpose(ctx, f"{label}.tokens", maps.reshape(K, M), ctx.tensor(f"{label}.tokens", M, K))
-    return product(ctx, label, name, Rows(tokens)).values
+    return Rows(_transpose(ctx, label, maps.reshape(K, M), ctx.tensor(label, M, K)))
 
 
 def _embed(ctx: Context, latents: View) -> View:
-    return embed(ctx, "embed", "x_embedder", latents)
+    return product(ctx, "embed", "x_embedder", tokens_of(ctx, "embed.tokens", latents)).values
 
 
 def _past(tape: Tape, block: int) -> Past:

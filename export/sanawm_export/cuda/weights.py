@@ -41,6 +41,14 @@ class DiTWeights:
             groups = {name: tuple(layer for layer in layers if layer not in GATES) for name, layers in groups.items()}
         return {name: layers for name, layers in groups.items() if layers}
 
+    def composes_plucker(self, block: int) -> bool:
+        """Whether a block's Plücker product takes the maps themselves, with a weight that has their embedding in it.
+
+        The two layers have nothing between them, and the maps have 48 channels where their embedding has C. A product that is quantized takes the
+        embedding, for which its activations' scale was calibrated.
+        """
+        return self.formats.of(f"blocks.{block}.plucker").kind == "plain"
+
     def _source(self, name: str) -> Source:
         return Source(name, self._shapes[name])
 
@@ -72,11 +80,18 @@ class DiTWeights:
         if bias:
             yield self._plain(f"{name}.bias", (rows,), self._source(f"{official}.bias"))
 
+    def _composed(self, name: str, last: str, first: str, rows: int, columns: int) -> Iterator[Packed]:
+        """Two linear layers as one, which is not quantized."""
+        sources = tuple(self._source(f"{layer}.{field}") for layer in (last, first) for field in ("weight", "bias"))
+        yield self._plain(f"{name}.weight", (rows, columns), *sources, op="composed")
+        yield self._plain(f"{name}.bias", (rows,), *sources, op="composed")
+
     def _all(self) -> Iterator[Packed]:
         c = self.config
         C = c.hidden
         yield from self._linear("x_embedder", "x_embedder.proj", C, c.in_channels)
-        yield from self._linear("plucker_embedder", "plucker_embedder.proj", C, c.plucker_channels)
+        if not all(self.composes_plucker(i) for i in range(c.depth)):
+            yield from self._linear("plucker_embedder", "plucker_embedder.proj", C, c.plucker_channels)
         yield from self._linear("caption.fc1", "y_embedder.y_proj.fc1", C, c.caption_channels)
         yield from self._linear("caption.fc2", "y_embedder.y_proj.fc2", C, C)
         yield self._plain("caption.norm", (C,), self._source("attention_y_norm.weight"))
@@ -107,7 +122,10 @@ class DiTWeights:
                 yield self._plain(f"{name}.{gate}", (H,), self._source(f"{attn}.{gate}"))
         yield from self._linear(f"{name}.out_cam", f"{attn}.out_proj_cam", C, C)
         yield from self._linear(f"{name}.proj", f"{attn}.proj", C, C)
-        yield from self._linear(f"{name}.plucker", f"{name}.plucker_proj", C, C)
+        if self.composes_plucker(i):
+            yield from self._composed(f"{name}.plucker", f"{name}.plucker_proj", "plucker_embedder.proj", C, c.plucker_channels)
+        else:
+            yield from self._linear(f"{name}.plucker", f"{name}.plucker_proj", C, C)
         cross = f"{name}.cross_attn"
         yield from self._linear(f"{name}.cross_q", f"{cross}.q_linear", C, C)
         yield from self._linear(f"{name}.cross_kv", f"{cross}.kv_linear", 2 * C, C)

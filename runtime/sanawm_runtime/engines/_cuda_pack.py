@@ -20,7 +20,9 @@ from sanawm_runtime.engines._cuda_plan import ITEM_BYTES
 Array = NDArray[Any]
 # A checkpoint tensor in float32 by its official name and shape.
 Read = Callable[[str, tuple[int, ...]], NDArray[np.float32]]
-Op = Literal["rows", "temporal", "taps", "modulation", "constant", "conv", "conv_upsample", "conv_pixels", "frame_conv", "gain", "calibrated"]
+Op = Literal[
+    "rows", "temporal", "taps", "composed", "modulation", "constant", "conv", "conv_upsample", "conv_pixels", "frame_conv", "gain", "calibrated"
+]
 Encoding = Literal["plain", "fp8_codes", "fp8_scales", "nvfp4_codes", "nvfp4_scales", "nvfp4_global"]
 
 _NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "float8_e4m3fn": np.uint8, "uint8": np.uint8, "bool": np.uint8}
@@ -28,7 +30,7 @@ E4M3_MAX, E2M1_MAX, BLOCK = 448.0, 6.0, 16
 # Elements that are rounded at once: few enough to stay in a core's cache.
 PIECE = 1 << 18
 # Operations that compute with the weights, which must be rounded first.
-_SUMMED = ("frame_conv", "gain", "modulation")
+_SUMMED = ("composed", "frame_conv", "gain", "modulation")
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,12 @@ class Packed:
     """A packed tensor.
 
     op: `rows` stacks the sources along their first axis and pads with zeros; `temporal` turns a (C, C, 3, 1) convolution into (C, 3C);
-    `taps` turns a depthwise (G, 1, 3, 3) kernel into (9, G); `conv*` turn a (N, C, 3, 3, 3) convolution into (N, 27 C), or a bias along with
-    it, with the output channels in the order in which an upsampling or an image's pixels are stored; `frame_conv` turns it into (N, 9 C) by
-    summing its time taps, and keeps its first outputs where the packed tensor has fewer; `gain` adds 1 to a norm's weight; `modulation` computes
-    the AdaLN rows of the timesteps in `values`; `constant` holds `values`; `calibrated` was quantized from the sources by the builder, which alone
-    can make it. Weights are rounded to `rounding` before they are encoded.
+    `taps` turns a depthwise (G, 1, 3, 3) kernel into (9, G); `composed` makes one linear layer of two, whose sources are weight and bias of the
+    last one and then of the first: the product of the weights (N, K), or the bias (N,) along with it; `conv*` turn a (N, C, 3, 3, 3) convolution
+    into (N, 27 C), or a bias along with it, with the output channels in the order in which an upsampling or an image's pixels are stored;
+    `frame_conv` turns it into (N, 9 C) by summing its time taps, and keeps its first outputs where the packed tensor has fewer; `gain` adds 1 to a
+    norm's weight; `modulation` computes the AdaLN rows of the timesteps in `values`; `constant` holds `values`; `calibrated` was quantized from the
+    sources by the builder, which alone can make it. Weights are rounded to `rounding` before they are encoded.
     """
 
     name: str
@@ -87,6 +90,8 @@ class Packed:
             return parts[0] + np.float32(1)
         if self.op == "frame_conv":
             return _frame_convolution(parts[0][: self.shape[0]])
+        if self.op == "composed":
+            return _composed(parts, bias=len(self.shape) == 1)
         if self.op == "temporal":
             return parts[0][..., 0].transpose(0, 2, 1).reshape(parts[0].shape[0], -1)
         if self.op == "taps":
@@ -130,6 +135,13 @@ def _frame_convolution(x: NDArray[np.float32]) -> NDArray[np.float32]:
     if x.ndim == 1:
         return x
     return (x[:, :, 0] + x[:, :, 1] + x[:, :, 2]).transpose(0, 2, 3, 1).reshape(len(x), -1)
+
+
+def _composed(parts: list[NDArray[np.float32]], *, bias: bool) -> NDArray[np.float32]:
+    """Weight (N, K) or bias (N,) of the layer (N, C), (N,) on what the layer (C, K, ...), (C,) makes, from the four; summed in float64."""
+    last, last_bias, first, first_bias = (part.astype(np.float64) for part in parts)
+    made = last @ first_bias + last_bias if bias else last @ first.reshape(len(first), -1)
+    return made.astype(np.float32)
 
 
 def _convolution(x: NDArray[np.float32], op: str) -> NDArray[np.float32]:
