@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sanawm_kernels.attention.kernels import LOG2_E, store_heads
-from sanawm_kernels.gdn.transforms import camera_rotary_tile, ucpe
+from sanawm_kernels.gdn.transforms import camera_rotary_tile, rays_at, ucpe
 
 # Sums of probabilities up to here leave float32 room for their products with values.
 LARGEST = tl.constexpr(2.0**96)
@@ -42,34 +42,6 @@ def _segment(
         acc = tl.dot(p.to(values.dtype), values, acc * old[:, None], input_precision=PRECISION)
         m = new
     return m, total, acc
-
-
-@triton.jit
-def _matrices(rays, token, valid):
-    """The sixteen entries of R tokens' ray matrices, (R, 1) each."""
-    found = ()
-    for i in tl.static_range(16):
-        found = found + (tl.load(rays + token * 16 + i, mask=valid, other=0.0)[:, None],)  # type: ignore[assignment] # noqa: RUF005
-    return found
-
-
-@triton.jit
-def _matrix_row(c0, c1, c2, c3, m, ROW: tl.constexpr):
-    return m[4 * ROW] * c0 + m[4 * ROW + 1] * c1 + m[4 * ROW + 2] * c2 + m[4 * ROW + 3] * c3
-
-
-@triton.jit
-def _turned(x, m, cos_01, cos_23, sin_01, sin_23, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr):
-    """`transforms.ucpe` with matrices and angles at hand, which the heads of a group share."""
-    even, odd = tl.split(tl.reshape(x, (R, P // 4, 2, 2)))
-    c0, c2 = tl.split(even)
-    c1, c3 = tl.split(odd)
-    first = (tl.arange(0, P // 4) < D // 8)[None, :]
-    y0 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, 0), c0 * cos_01 - c1 * sin_01)
-    y1 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, 1), c0 * sin_01 + c1 * cos_01)
-    y2 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, 2), c2 * cos_23 - c3 * sin_23)
-    y3 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, 3), c2 * sin_23 + c3 * cos_23)
-    return tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (R, P))
 
 
 @triton.jit
@@ -180,7 +152,7 @@ def finish_pair(
             total = tl.load(sums + (branch * HEADS + head0 + g) * N + token, mask=valid, other=1.0)
             worst = tl.maximum(worst, total, propagate_nan=tl.PropagateNan.ALL)
     c, s = camera_rotary_tile(cos, token, valid, P, D), camera_rotary_tile(sin, token, valid, P, D)
-    m = _matrices(rays, token.to(tl.int64), valid)
+    m = rays_at(rays + token.to(tl.int64) * 16, valid)
     # Not a number counts as too large, and stays what it is.
     if (divided >= 0) | (tl.max((~(worst < LARGEST)).to(tl.int32), 0) > 0):
         for item in range(2 * GROUP):
@@ -194,10 +166,9 @@ def finish_pair(
                 HEADS, D, P, BM, PARTS, ROWS, BN, QUANT, SWIZZLED, NATIVE, BF16, PRECISION,
             )  # fmt: skip
     else:
-        cos_01, cos_23 = tl.split(tl.reshape(c, (ROWS, P // 4, 2)))
-        sin_01, sin_23 = tl.split(tl.reshape(-s, (ROWS, P // 4, 2)))
+        back = -s
         for g in tl.static_range(GROUP):
-            turned = _turned(rows[g].to(tl.float32), m, cos_01, cos_23, sin_01, sin_23, ROWS, P, D)  # type: ignore[misc]
+            turned = ucpe(rows[g].to(tl.float32), m, valid, c, back, ROWS, P, D, False)  # type: ignore[misc]
             store_heads(
                 turned, token.to(tl.int64), valid, head0 + g, camera_out, codes, scales, quant_scale, ROWS, HEADS, D, P, QUANT, SWIZZLED, NATIVE, BF16
             )

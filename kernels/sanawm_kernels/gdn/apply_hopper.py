@@ -127,6 +127,17 @@ def _as_pairs(token):
 
 
 @gluon.jit
+def _begun(q, q_scale, row, before, s, stop, D: gl.constexpr):
+    """Of a tile from position s on: the tokens and which of them exist, both again as pairs need them; halves of the queries, and their scales."""
+    position = s + gl.arange(0, ROWS, TOKEN)
+    valid = position < stop
+    token = before + position
+    raw_low, raw_high = _raw(q, token, valid, row, 0, D), _raw(q, token, valid, row, 1, D)
+    inverse = gl.load(q_scale + token, mask=valid, other=0.0)
+    return token, valid, _as_pairs(token), _as_pairs(valid), raw_low, raw_high, inverse
+
+
+@gluon.jit
 def _rotated(x, cos, sin):
     """Adjacent channel pairs of a half times exp(i * angle); cos, sin (64, 32)."""
     even, odd = x.reshape([ROWS, HALF // 2, 2]).split()
@@ -188,6 +199,13 @@ def _operand(query, shrink):
 
 
 @gluon.jit
+def _operands(low, high):
+    """A tile's queries as left operands, and the size of each row that they are relative to."""
+    largest = gl.maximum(_largest(low, high), 1e-30)
+    return _operand(low, 1024 / largest), _operand(high, 1024 / largest), largest / 1024
+
+
+@gluon.jit
 def _seen(low, high, keep, half: gl.constexpr):
     """Issue the product of a tile's operands and a half of the state's values."""
     acc = gl.zeros([ROWS, HALF], gl.float32, PRODUCT)
@@ -214,15 +232,10 @@ def _camera(
 ):  # fmt: skip
     """The camera branch's tokens start to stop of the frame that begins at token `before`."""
     for s in range(start, stop, ROWS):
-        position = s + gl.arange(0, ROWS, TOKEN)
-        valid = position < stop
-        token = before + position
-        pair_token, pair_valid = _as_pairs(token), _as_pairs(valid)
+        token, valid, pair_token, pair_valid, raw_low, raw_high, inverse = _begun(q, q_scale, row, before, s, stop, D)
         ray_token = gl.convert_layout(token, gl.SliceLayout(1, RAYS), assert_trivial=True)
         ray_valid = gl.convert_layout(valid, gl.SliceLayout(1, RAYS), assert_trivial=True)
         entry = gl.arange(0, 16, gl.SliceLayout(0, RAYS))
-        raw_low, raw_high = _raw(q, token, valid, row, 0, D), _raw(q, token, valid, row, 1, D)
-        inverse = gl.load(q_scale + token, mask=valid, other=0.0)
         matrix = gl.load(rays + ray_token[:, None] * 16 + entry[None, :], mask=ray_valid[:, None], other=0.0)
         turn_cos, turn_sin = _angles(cos, pair_token, pair_valid, D // 4, 0, D), _angles(sin, pair_token, pair_valid, D // 4, 0, D)
         plain_high = _queries(raw_high, inverse, q_norm, 1, D)
@@ -234,9 +247,7 @@ def _camera(
             rms_after = gl.maximum(gl.sqrt(_squares(low, high) / D + 1e-6), 1e-6)
             ratio = gl.minimum(rms_before / rms_after, 1.0)[:, None]
             low, high = low * ratio, high * ratio
-        largest = gl.maximum(_largest(low, high), 1e-30)
-        low_operand, high_operand = _operand(low, 1024 / largest), _operand(high, 1024 / largest)
-        size = largest / 1024
+        low_operand, high_operand, size = _operands(low, high)
         seen_low, seen_high = _seen(low_operand, high_operand, keep, 0), _seen(low_operand, high_operand, keep, 1)
         seen_low = _scaled(warpgroup_mma_wait(1, deps=[seen_low]), size, scale, 0, D)
         _store(_multiplied(seen_low, matrix, False), out, token, valid, out_row, 0, D)
@@ -252,12 +263,7 @@ def _main(
 ):  # fmt: skip
     """The main branch's tokens start to stop of the frame that begins at token `before`."""
     for s in range(start, stop, ROWS):
-        position = s + gl.arange(0, ROWS, TOKEN)
-        valid = position < stop
-        token = before + position
-        pair_token, pair_valid = _as_pairs(token), _as_pairs(valid)
-        raw_low, raw_high = _raw(q, token, valid, row, 0, D), _raw(q, token, valid, row, 1, D)
-        inverse = gl.load(q_scale + token, mask=valid, other=0.0)
+        token, valid, pair_token, pair_valid, raw_low, raw_high, inverse = _begun(q, q_scale, row, before, s, stop, D)
         turn_cos, turn_sin = _angles(cos, pair_token, pair_valid, D // 2, 0, D), _angles(sin, pair_token, pair_valid, D // 2, 0, D)
         plain = _queries(raw_low, inverse, q_norm, 0, D)
         denominator = gl.sum(plain * _channels(z, 0, D), 1) + EPS
@@ -266,9 +272,8 @@ def _main(
         plain = _queries(raw_high, inverse, q_norm, 1, D)
         denominator += gl.sum(plain * _channels(z, 1, D), 1)
         high = _rotated(plain, turn_cos, turn_sin)
-        largest = gl.maximum(_largest(low, high), 1e-30)
-        low_operand, high_operand = _operand(low, 1024 / largest), _operand(high, 1024 / largest)
-        size = largest / 1024 / denominator
+        low_operand, high_operand, size = _operands(low, high)
+        size /= denominator
         seen_low, seen_high = _seen(low_operand, high_operand, keep, 0), _seen(low_operand, high_operand, keep, 1)
         _store(_scaled(warpgroup_mma_wait(1, deps=[seen_low]), size, scale, 0, D), out, token, valid, out_row, 0, D)
         _store(_scaled(warpgroup_mma_wait(0, deps=[seen_high]), size, scale, 1, D), out, token, valid, out_row, 1, D)

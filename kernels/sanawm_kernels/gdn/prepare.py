@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanawm_kernels.gdn.transforms import SHRINK, camera_rotary_row, relu, rms_clamp, root_strength, rotary_row, rotate_pairs, saturate, ucpe_token
+from sanawm_kernels.gdn.transforms import SHRINK, camera_rotary_row, relu, rms_clamp, root_strength, rotary_row, rotate_pairs, saturate, ucpe
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _store_keys(
         SIZE: tl.constexpr = KEY_SCALE if CLAMP else 1.0
         SQUARE: tl.constexpr = (KEY_SCALE / SIZE) * (KEY_SCALE / SIZE)
         key *= SIZE
-        turned = ucpe_token(key, matrix, cos, sin, R, P, D, False)
+        turned = ucpe(key, matrix, None, cos, sin, R, P, D, False)
         if CLAMP:
             turned = rms_clamp(turned, key, D)
         after, before = tl.sum(turned * turned, 1) * SQUARE, tl.sum(key * key, 1) * SQUARE
@@ -216,7 +216,7 @@ def _prepare_keys(
 def _value_tile(v, places, matrix, cos, sin, beta, to, H: tl.constexpr, D: tl.constexpr, P: tl.constexpr, CLAMP: tl.constexpr):
     head, place, inside = places
     raw = tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
-    value = ucpe_token(raw, matrix, cos, sin, raw.shape[0], P, D, False)
+    value = ucpe(raw, matrix, None, cos, sin, raw.shape[0], P, D, False)
     if CLAMP:
         value = rms_clamp(value, raw, D)
     _store(to, place, value * (root_strength(tl.load(beta + head, mask=head < H, other=0.0)) * SHRINK), inside)

@@ -62,58 +62,50 @@ def rotate_pairs(x, cos, sin, R: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def _matrix_entry(matrix, valid, ROW: tl.constexpr, COLUMN: tl.constexpr, TRANSPOSE: tl.constexpr):
-    return tl.load(matrix + (4 * COLUMN + ROW if TRANSPOSE else 4 * ROW + COLUMN), mask=valid, other=0.0)[:, None]
+def _ray(m, valid, ENTRY: tl.constexpr):
+    """An entry, counted row by row, of 4x4 matrices m of any kind that `ucpe` takes."""
+    if isinstance(m, tl.tensor):
+        return tl.load(m + ENTRY) if valid is None else tl.load(m + ENTRY, mask=valid, other=0.0)[:, None]
+    else:
+        return m[ENTRY]
 
 
 @triton.jit
-def _matrix_row(c0, c1, c2, c3, matrix, valid, ROW: tl.constexpr, TRANSPOSE: tl.constexpr):
-    y = _matrix_entry(matrix, valid, ROW, 0, TRANSPOSE) * c0 + _matrix_entry(matrix, valid, ROW, 1, TRANSPOSE) * c1
-    return y + _matrix_entry(matrix, valid, ROW, 2, TRANSPOSE) * c2 + _matrix_entry(matrix, valid, ROW, 3, TRANSPOSE) * c3
+def rays_at(m, valid):
+    """The entries of the matrices at m, which `ucpe` takes in the place of m: read here, once for many calls."""
+    entries = ()
+    for i in tl.static_range(16):
+        entries = entries + (_ray(m, valid, i),)  # type: ignore[assignment] # noqa: RUF005
+    return entries
 
 
 @triton.jit
-def ucpe(x, matrix, valid, cos, sin, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TRANSPOSE: tl.constexpr):
+def _matrix_row(c0, c1, c2, c3, m, valid, ROW: tl.constexpr, TRANSPOSE: tl.constexpr):
+    FIRST: tl.constexpr = ROW if TRANSPOSE else 4 * ROW
+    STEP: tl.constexpr = 4 if TRANSPOSE else 1
+    y = _ray(m, valid, FIRST) * c0 + _ray(m, valid, FIRST + STEP) * c1
+    return y + _ray(m, valid, FIRST + 2 * STEP) * c2 + _ray(m, valid, FIRST + 3 * STEP) * c3
+
+
+@triton.jit
+def ucpe(x, m, valid, cos, sin, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TRANSPOSE: tl.constexpr):
     """Unified camera positional encoding of x (R, P).
 
-    Groups of four channels in the first half of the head are multiplied by the token's 4x4 matrix (`matrix`: R pointers; its transpose with
-    TRANSPOSE), pairs in the second half are rotated by cos, sin (R, P/2), which hold zeros for the pairs of the first half.
+    Groups of four channels in the first half of the head are multiplied by 4x4 matrices (transposed with TRANSPOSE), pairs in the second half are
+    rotated by cos, sin (R or 1, P/2), which hold zeros for the pairs of the first half. m: R pointers, one matrix a row, read where `valid`; or one
+    pointer and `valid` None, a matrix for all rows; or what `rays_at` has read, `valid` then unused.
     Groups stay in one thread: no data moves between threads.
     """
     even, odd = tl.split(tl.reshape(x, (R, P // 4, 2, 2)))
     c0, c2 = tl.split(even)
     c1, c3 = tl.split(odd)
-    cos_01, cos_23 = tl.split(tl.reshape(cos, (R, P // 4, 2)))
-    sin_01, sin_23 = tl.split(tl.reshape(sin, (R, P // 4, 2)))
+    cos_01, cos_23 = tl.split(tl.reshape(cos, (cos.shape[0], P // 4, 2)))
+    sin_01, sin_23 = tl.split(tl.reshape(sin, (sin.shape[0], P // 4, 2)))
     first = (tl.arange(0, P // 4) < D // 8)[None, :]
-    y0 = tl.where(first, _matrix_row(c0, c1, c2, c3, matrix, valid, 0, TRANSPOSE), c0 * cos_01 - c1 * sin_01)
-    y1 = tl.where(first, _matrix_row(c0, c1, c2, c3, matrix, valid, 1, TRANSPOSE), c0 * sin_01 + c1 * cos_01)
-    y2 = tl.where(first, _matrix_row(c0, c1, c2, c3, matrix, valid, 2, TRANSPOSE), c2 * cos_23 - c3 * sin_23)
-    y3 = tl.where(first, _matrix_row(c0, c1, c2, c3, matrix, valid, 3, TRANSPOSE), c2 * sin_23 + c3 * cos_23)
-    return tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (R, P))
-
-
-@triton.jit
-def _shared_row(c0, c1, c2, c3, matrix, ROW: tl.constexpr, TRANSPOSE: tl.constexpr):
-    STEP: tl.constexpr = 4 if TRANSPOSE else 1
-    first = matrix + (ROW if TRANSPOSE else 4 * ROW)
-    y = tl.load(first) * c0 + tl.load(first + STEP) * c1
-    return y + tl.load(first + 2 * STEP) * c2 + tl.load(first + 3 * STEP) * c3
-
-
-@triton.jit
-def ucpe_token(x, matrix, cos, sin, R: tl.constexpr, P: tl.constexpr, D: tl.constexpr, TRANSPOSE: tl.constexpr):
-    """`ucpe` of R heads x (R, P) of one token: one matrix, at the pointer `matrix`; cos, sin (1, P/2)."""
-    even, odd = tl.split(tl.reshape(x, (R, P // 4, 2, 2)))
-    c0, c2 = tl.split(even)
-    c1, c3 = tl.split(odd)
-    cos_01, cos_23 = tl.split(tl.reshape(cos, (1, P // 4, 2)))
-    sin_01, sin_23 = tl.split(tl.reshape(sin, (1, P // 4, 2)))
-    first = (tl.arange(0, P // 4) < D // 8)[None, :]
-    y0 = tl.where(first, _shared_row(c0, c1, c2, c3, matrix, 0, TRANSPOSE), c0 * cos_01 - c1 * sin_01)
-    y1 = tl.where(first, _shared_row(c0, c1, c2, c3, matrix, 1, TRANSPOSE), c0 * sin_01 + c1 * cos_01)
-    y2 = tl.where(first, _shared_row(c0, c1, c2, c3, matrix, 2, TRANSPOSE), c2 * cos_23 - c3 * sin_23)
-    y3 = tl.where(first, _shared_row(c0, c1, c2, c3, matrix, 3, TRANSPOSE), c2 * sin_23 + c3 * cos_23)
+    y0 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, valid, 0, TRANSPOSE), c0 * cos_01 - c1 * sin_01)
+    y1 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, valid, 1, TRANSPOSE), c0 * sin_01 + c1 * cos_01)
+    y2 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, valid, 2, TRANSPOSE), c2 * cos_23 - c3 * sin_23)
+    y3 = tl.where(first, _matrix_row(c0, c1, c2, c3, m, valid, 3, TRANSPOSE), c2 * sin_23 + c3 * cos_23)
     return tl.reshape(tl.join(tl.join(y0, y2), tl.join(y1, y3)), (R, P))
 
 

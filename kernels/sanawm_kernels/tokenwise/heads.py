@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanawm_kernels.gdn.transforms import camera_rotary_row, rms_clamp, rotary_row, rotate_pairs, ucpe_token
+from sanawm_kernels.gdn.transforms import camera_rotary_row, rms_clamp, rotary_row, rotate_pairs, ucpe
 from sanawm_kernels.quant.triton import saturate_e4m3
 
 
@@ -45,7 +45,7 @@ def _turned(
     if matrix is None:
         return rotate_pairs(value, cos, sin, R, P)
     else:
-        turned = ucpe_token(value, matrix, cos, sin, R, P, D, TRANSPOSE)
+        turned = ucpe(value, matrix, None, cos, sin, R, P, D, TRANSPOSE)
         if CLAMP:
             turned = rms_clamp(turned, value, D)
         return turned
