@@ -175,6 +175,37 @@ def test_a_short_run_refuses_frames_that_nobody_made(bundle: Any, driver: cuda_f
     assert {launch.kernel.partition(".")[0] for launch in driver.launches} >= {"text", "image", "gemm", "conv"}
 
 
+RACES = """========= Error: Potential RAW hazard detected at __shared__ 0x1{digit} in block (0,0,0) :
+=========     Write Thread (127,0,0) at gemm+0x35d0
+=========     Read Thread (352,0,0) at gemm+0x120
+========= Warning: (Warp Level Programming) Potential WAW hazard detected (invalid memcpy_async synchronization) at __shared__ 0x760 in block (0,1,0) :
+=========     Write Thread (192,0,0) at {kernel}+0x400
+========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)
+"""
+
+
+@pytest.mark.parametrize(
+    ("digit", "kernel", "text", "message"),
+    [
+        ("3f8", "gemm", RACES, "racecheck found hazards"),  # below the hand-over, and in the middle of a kernel
+        ("3ff", "combine", RACES, "racecheck found hazards"),
+        ("3ff", "gemm", "\n".join(RACES.splitlines()[:3]), "ends before racecheck's summary"),
+        ("3ff", "gemm", "\n".join(RACES.splitlines()[:3] + RACES.splitlines()[5:]), None),
+    ],
+)
+def test_races_of_kernels_are_told_from_the_compilers(tmp_path: Path, digit: str, kernel: str, text: str, message: str | None) -> None:
+    """benchmarks/engine_short.py, on reports in the form of compute-sanitizer 2025.3."""
+    (tmp_path / "kernels").mkdir()
+    rows = [{"entry": "gemm", "num_warps": 12, "shared_bytes": 4096}, {"entry": "combine", "num_warps": 8, "shared_bytes": 4096}]
+    (tmp_path / "kernels" / "index.json").write_text(json.dumps({"kernels": rows}))
+    (tmp_path / "log").write_text(text.format(digit=digit, kernel=kernel))
+    if message is None:
+        engine_short.races(tmp_path / "log", tmp_path)
+        return
+    with pytest.raises(SystemExit, match=message):
+        engine_short.races(tmp_path / "log", tmp_path)
+
+
 def test_a_benchmark_of_clips_to_mp4(bundle: Any, driver: cuda_fake.FakeDriver, tmp_path: Path) -> None:
     """The product's own path: every clip is a whole video, and later chunks allocate nothing."""
     reports, found = engine_clip.warm(bundle.root, 97, tmp_path, 2)

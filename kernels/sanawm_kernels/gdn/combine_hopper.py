@@ -158,6 +158,8 @@ def _scan_rows(
             lost = warpgroup_mma(left, held.index(_frame(step, T) % HELD).permute([1, 0]), lost, use_acc=False, is_async=True)
             present -= warpgroup_mma_wait(0, deps=[lost])
         if step + HELD < 2 * T - 1 and not _kept(step + HELD, T, HELD):
+            # The matrix before has arrived in this place, also where no product waited for it, and all warps have multiplied it.
+            async_copy.wait_group(HELD - 1)
             roles.barrier()
         _ask(gram, held, step + HELD, T, D)
         state += corrections[_frame(step, T)] * present
