@@ -50,7 +50,9 @@ class FragmentEncoder:
             raise InputError(f"mp4 video needs an even number of rows and columns, found {height} x {width}; write PNG frames instead")
         if fps <= 0:
             raise InputError(f"mp4 video needs a positive number of frames a second, found {fps}")
-        self._lanes = [_Lane(fps, height, width, self.codec, _processors() // lanes) for _ in range(lanes)]
+        # Encoders wait for their slowest thread, row after row of a frame, so together they have up to twice as many as there are processors.
+        threads = min(_processors(), 2 * _processors() // lanes)
+        self._lanes = [_Lane(fps, height, width, self.codec, threads) for _ in range(lanes)]
         # A thread a lane, so that each encodes its fragments in order.
         self._threads = [concurrent.futures.ThreadPoolExecutor(1, "sanawm-encoder") for _ in range(lanes)]
         self._fragments = self._frames = 0
