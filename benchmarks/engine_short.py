@@ -74,31 +74,68 @@ def run(bundle: Path) -> None:
 
 # What the driver keeps of a program's shared memory on Hopper, below the kernel's own.
 RESERVED = 1024
+# Bytes of instructions over which the compiler spreads the stores of one hand-over.
+SPREAD = 256
 _PLACE = re.compile(r"hazard detected.* at __shared__ (0x[0-9a-f]+)")
-_KERNEL = re.compile(r"Thread \([0-9,]+\) at (\w+)\+0x")
+_THREAD = re.compile(r"(Read|Write) Thread \((\d+),\d+,\d+\) at (\w+)\+(0x[0-9a-f]+)")
+
+
+@dataclasses.dataclass
+class Hazard:
+    """A report of racecheck: the byte, the kernel, and the instruction that wrote; `roles`: the first four warps wrote what another one read."""
+
+    place: int
+    entry: str = ""
+    wrote: int = -1
+    by_first: bool = False
+    by_other: bool = False
+
+    @property
+    def roles(self) -> bool:
+        return self.by_first and self.by_other
+
+
+def read_hazards(lines: Iterable[str]) -> list[Hazard]:
+    """Reports in a log of racecheck (`--racecheck-report hazard`)."""
+    found: list[Hazard] = []
+    for line in lines:
+        if place := _PLACE.search(line):
+            found.append(Hazard(int(place[1], 16)))
+        elif found and (access := _THREAD.search(line)):
+            hazard, thread = found[-1], int(access[2])
+            hazard.entry = access[3]
+            if access[1] == "Write":
+                hazard.wrote, hazard.by_first = int(access[4], 16), thread < 128
+            else:
+                hazard.by_other = thread >= 128
+    return found
 
 
 def handover(kernel: Mapping[str, Any]) -> range:
-    """Where Triton's compiler tells each warp beyond the first four what to do: a byte a warp, the last of the kernel's shared memory, written by
-    the first four and read behind a named barrier that racecheck does not see. Only kernels whose warps have roles have more than eight."""
+    """Where Triton's compiler tells each warp beyond the first four what to do: a byte a warp, the last of the kernel's shared memory.
+
+    Only kernels whose warps have roles have more than eight.
+    """
     end = RESERVED + kernel["shared_bytes"]
     return range(end - (kernel["num_warps"] - 4 if kernel["num_warps"] > 8 else 0), end)
 
 
-def hazards(lines: Iterable[str], kernels: Iterable[Mapping[str, Any]]) -> tuple[Counter[str], Counter[str]]:
-    """Reports of racecheck (`--racecheck-report hazard`) by kernel: those on the compiler's hand-over, and all others. kernels: an index's rows."""
+def sorted_hazards(found: Iterable[Hazard], kernels: Iterable[Mapping[str, Any]]) -> tuple[Counter[str], Counter[str]]:
+    """By kernel, reports on the compiler's hand-over from the first four warps to the others, and the rest. kernels: rows of an index.
+
+    The hand-over is the bytes above and what the roles were given, stored beside them; all of it is read behind a named barrier that racecheck does
+    not see.
+    """
+    found = list(found)
     places: dict[str, set[int]] = defaultdict(set)
     for kernel in kernels:
         places[kernel["entry"]].update(handover(kernel))
+    stores = {(hazard.entry, hazard.wrote) for hazard in found if hazard.roles and hazard.place in places[hazard.entry]}
     compilers: Counter[str] = Counter()
     others: Counter[str] = Counter()
-    place = None
-    for line in lines:
-        if found := _PLACE.search(line):
-            place = int(found[1], 16)
-        elif place is not None and (found := _KERNEL.search(line)):
-            (compilers if place in places[found[1]] else others)[found[1]] += 1
-            place = None
+    for hazard in found:
+        beside = any(entry == hazard.entry and abs(wrote - hazard.wrote) < SPREAD for entry, wrote in stores)
+        (compilers if hazard.roles and beside else others)[hazard.entry] += 1
     return compilers, others
 
 
@@ -106,7 +143,7 @@ def races(log: Path, bundle: Path) -> None:
     """Say what racecheck found. Raises SystemExit for hazards of the kernels' own, or a log that does not reach its summary."""
     index = json.loads((bundle / "kernels" / "index.json").read_text())
     with log.open(errors="replace") as lines:
-        compilers, others = hazards(lines, index["kernels"])
+        compilers, others = sorted_hazards(read_hazards(lines), index["kernels"])
     with log.open(errors="replace") as lines:
         ended = any("RACECHECK SUMMARY" in line for line in lines)
     print(f"reports on the compiler's hand-over: {dict(compilers)}; others: {dict(others)}", flush=True)

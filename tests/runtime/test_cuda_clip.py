@@ -187,10 +187,12 @@ RACES = """========= Error: Potential RAW hazard detected at __shared__ 0x1{digi
 @pytest.mark.parametrize(
     ("digit", "kernel", "text", "message"),
     [
-        ("3f8", "gemm", RACES, "racecheck found hazards"),  # below the hand-over, and in the middle of a kernel
+        ("3f7", "gemm", "\n".join(RACES.splitlines()[:3] + RACES.splitlines()[5:]), "racecheck found hazards"),  # below the hand-over
         ("3ff", "combine", RACES, "racecheck found hazards"),
         ("3ff", "gemm", "\n".join(RACES.splitlines()[:3]), "ends before racecheck's summary"),
         ("3ff", "gemm", "\n".join(RACES.splitlines()[:3] + RACES.splitlines()[5:]), None),
+        ("3ff", "gemm", RACES.replace("Write Thread (192", "Write Thread (12").replace("0x400", "0x400\n===== Read Thread (300,0,0) at gemm+0x10"), "hazards"),
+        ("3ff", "gemm", RACES.replace("Write Thread (192", "Write Thread (12").replace("0x400", "0x3610\n===== Read Thread (300,0,0) at gemm+0x10"), None),
     ],
 )
 def test_races_of_kernels_are_told_from_the_compilers(tmp_path: Path, digit: str, kernel: str, text: str, message: str | None) -> None:
