@@ -88,6 +88,9 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Axes]] = {
     "depthwise": (block_plans.depthwise_glu, {
         "kind": ["bf16", "fp32"], "weight": ["bf16", "fp32"], "height": [4, 6], "width": [4, 6], "gated": [64, 96], **QUANTIZED,
     }),
+    "depthwise_hopper": (block_plans.depthwise_glu_hopper, {
+        "weight": ["bf16", "fp32"], "height": [4, 6], "width": [8, 16], "gated": [64, 128], "quant": [None, "fp8"], "keep": [True, False],
+    }),
     "rope_heads": (block_plans.rope_heads, {
         "kind": ["bf16", "fp32"], "weight": ["bf16", "fp32"], "heads": [2, 3], "width": [16, 32], "tokens": [4, 60], "eps": [1e-5, 1e-6],
         "fp8": [False, True],
@@ -169,7 +172,7 @@ def specialisations(make: Callable[..., Any], axes: Axes) -> list[KernelVariant]
         for second in changes:
             chosen = base | first | second
             # Nothing calls for rows that are neither kept nor quantized, or for a layout of scales that are not there.
-            if "quant" in axes and ((chosen["quant"] is None and not chosen["keep"]) or (chosen["swizzled"] and chosen["quant"] != "nvfp4")):
+            if "quant" in axes and ((chosen["quant"] is None and not chosen["keep"]) or (chosen.get("swizzled") and chosen["quant"] != "nvfp4")):
                 continue
             try:
                 found.append(make(**chosen))

@@ -78,6 +78,13 @@ CASES: list[tuple[str, str, int, list[str]]] = [
     ("attention", "attention.cross.h20.d112.parts70.bf16", 120, ["mma.sync", "cp.async"]),
     ("tokenwise", "tokenwise.rows.c2240.s880.modulate.bf16.nvfp4", 120, ["cvt.rn.satfinite.e2m1x2.f32", "ld.global.v4"]),
     ("tokenwise", "tokenwise.depthwise_glu.22x40.g6720.bf16.fp8", 90, ["ld.global.b32", "cvt.rn.satfinite.e4m3x2.f32"]),
+    ("tokenwise", "tokenwise.depthwise_glu.22x40.g6720.bf16.hopper", 90, ["cp.async.cg.shared.global", "ldmatrix.sync.aligned.m8n8.x4"]),
+    (
+        "tokenwise",
+        "tokenwise.depthwise_glu.22x40.g6720.bf16.fp8.hopper",
+        90,
+        ["cp.async.cg.shared.global", "cvt.rn.bf16x2.f32", "cvt.rn.satfinite.e4m3x2.f32"],
+    ),
     ("tokenwise", "tokenwise.ucpe_heads.h20.d112.n2640.bf16", 89, ["ld.global.v4"]),
 ]
 

@@ -214,6 +214,31 @@ def test_depthwise_glu() -> None:
     )
 
 
+# On Hopper one strip of columns or several, one block of channels or several, fewer rows than are copied ahead; and what the kernel for all GPUs takes.
+@pytest.mark.parametrize(("frames", "grid", "G"), [(1, (1, 8), 64), (2, (3, 16), 192), (3, (7, 24), 128), (4, (22, 40), 3 * C), (2, (5, 11), 64), (1, (4, 8), 48)])
+@pytest.mark.parametrize("form", ["plain", "strided", "fp8", "fp8_keep"] if CAPABILITY >= (8, 9) else ["plain", "strided"])
+def test_depthwise_glu_forms(frames: int, grid: tuple[int, int], G: int, form: str) -> None:
+    rows = frames * grid[0] * grid[1]
+    x, taps, bias = rand(1, rows, 2 * G), rand(9, 2 * G), rand(2 * G)
+    if form == "strided":
+        x = torch.cat([x, rand(1, rows, 64)], -1)[..., : 2 * G]
+    exact = tokenwise_naive.depthwise_glu(x.double(), taps.double(), bias.double(), grid).plain
+    assert exact is not None
+    request = Quantize("fp8", (exact.abs().amax() / 400).float(), keep=form == "fp8_keep") if "fp8" in form else None
+    out = tokenwise.depthwise_glu(x, taps, bias, grid, quantize=request)
+    if request is None or request.keep:
+        close(out.plain, exact, 1e-5)
+    if request is not None:
+        plain = out.plain if request.keep else tokenwise.depthwise_glu(x, taps, bias, grid).plain
+        assert plain is not None and isinstance(out.quantized, Fp8Tensor)
+        # Codes in the order of their numbers, both zeros 0.
+        found, wanted = (c.view(torch.uint8).int() for c in (out.quantized.values, quantize_fp8(plain, request.scale).values))
+        found, wanted = (torch.where(c >= 128, 128 - c, c) for c in (found, wanted))
+        difference = (found - wanted).abs()
+        # A reciprocal may meet a tie.
+        assert int(difference.max()) <= 1 and float((difference > 0).double().mean()) < 1e-3
+
+
 def heads_inputs() -> dict[str, torch.Tensor]:
     merged = rand(1, N, 3 * C)
     angle = torch.randn(N, D // 2, device="cuda") * 5

@@ -40,7 +40,7 @@ def _request(a: Arguments, c: Arguments) -> Quantize | None:
     if kind is None:
         return None
     scale = None if kind == "fp8_rows" else a["quant_scale"].reshape(())
-    return Quantize(kind, scale, "swizzled" if c["SWIZZLED"] else "rows", keep="out" in a)  # type: ignore[arg-type]
+    return Quantize(kind, scale, "swizzled" if c.get("SWIZZLED") else "rows", keep="out" in a)  # type: ignore[arg-type]
 
 
 def _store(a: Arguments, plain: Tensor | None, quantized: Fp8Tensor | Nvfp4Tensor | None) -> None:
@@ -296,6 +296,7 @@ DEFINITIONS: Mapping[str, Callable[[Arguments, Arguments], None]] = {
     "sanawm_kernels.tokenwise.rows:update_rows": update_rows,
     "sanawm_kernels.tokenwise.rows:norm_rows": norm_rows,
     "sanawm_kernels.tokenwise.depthwise:depthwise_glu": depthwise_glu,
+    "sanawm_kernels.tokenwise.depthwise_hopper:depthwise_glu": depthwise_glu,
     "sanawm_kernels.tokenwise.heads:rope_heads": rope_heads,
     "sanawm_kernels.tokenwise.heads:ucpe_heads": ucpe_heads,
     "sanawm_kernels.attention.kernels:window_attention": window_attention,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sanawm_kernels.quant.request import Output, Quantize, empty_quantized
 from sanawm_kernels.tokenwise import block_plans as plans
-from sanawm_kernels.tokenwise.launch import launch, matching_rows, rows, same, type_name, vector
+from sanawm_kernels.tokenwise.launch import launch, matching_rows, rows, same, target, type_name, vector
 from sanawm_kernels.tokenwise.row_ops import quantized_arguments, quantized_plan
 
 
@@ -33,8 +33,13 @@ def depthwise_glu(x_BNG: Tensor, taps_9G: Tensor, bias_G: Tensor, grid: tuple[in
     parameters = quantized_plan(quantize, x_BNG.device)
     out = torch.empty(shape, dtype=x_BNG.dtype, device=x_BNG.device) if parameters["keep"] else None
     quantized = empty_quantized(shape, quantize, x_BNG.device)
-    variant = plans.depthwise_glu(type_name(flat, what), type_name(taps_9G, what), h, w, width // 2, **parameters)
-    arguments: dict[str, Any] = {"x": flat, "x_row": flat.stride(0), "taps": taps_9G, "bias": bias_G} | (
+    kind, weight, gated, quant = type_name(flat, what), type_name(taps_9G, what), width // 2, parameters.get("quant")
+    row = flat.stride(0)
+    if flat.data_ptr() % 16 == 0 and plans.hopper_fits(target(x_BNG.device), kind, w, gated, row, quant):
+        variant = plans.depthwise_glu_hopper(weight, h, w, gated, keep=parameters["keep"], quant=quant)
+    else:
+        variant = plans.depthwise_glu(kind, weight, h, w, gated, **parameters)
+    arguments: dict[str, Any] = {"x": flat, "x_row": row, "taps": taps_9G, "bias": bias_G} | (
         {} if out is None else {"out": out}
     )
     launch(variant, arguments | quantized_arguments(quantized, quantize, x_BNG.device), FRAMES=flat.shape[0] // (h * w))

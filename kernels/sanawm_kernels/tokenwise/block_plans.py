@@ -63,6 +63,38 @@ def depthwise_glu(
     )
 
 
+HOPPER_COLUMNS, HOPPER_CHANNELS = 8, 64
+
+
+def hopper_fits(target: int, kind: str, width: int, gated: int, row: int, quant: str | None) -> bool:
+    """Whether `depthwise_glu_hopper` serves an input whose rows are `row` elements apart."""
+    whole = width % HOPPER_COLUMNS == 0 and gated % HOPPER_CHANNELS == 0 and row == 2 * gated
+    return target == 90 and kind == "bf16" and whole and quant in (None, "fp8")
+
+
+@cache
+def depthwise_glu_hopper(weight: str, height: int, width: int, gated: int, *, keep: bool = True, quant: str | None = None) -> KernelVariant:
+    """The same on Hopper in bfloat16, where `hopper_fits`."""
+    entries: dict[str, str | None] = {"x": "*bf16:16", "taps": pointer(weight), "bias": pointer(weight), "out": pointer("bf16" if keep else None)}
+    entries |= quant_entries(quant)
+    del entries["scales"]
+    signature, absent = arguments(entries)
+    # 12 warps a multiprocessor, which hold 10 KiB each: three rows of ten columns are on their way to every one.
+    tiles = {"BX": HOPPER_COLUMNS, "BC": HOPPER_CHANNELS, "STAGES": 4}
+    return KernelVariant(
+        name=f"tokenwise.depthwise_glu.{height}x{width}.g{gated}.bf16{other(weight, 'bf16', 'weight')}{quant_name(quant, False, keep)}.hopper",
+        kernel="sanawm_kernels.tokenwise.depthwise_hopper:depthwise_glu",
+        signature=signature,
+        constexprs=absent | tiles | {"H": height, "W": width, "G": gated, "QUANT": QUANT_CODES[quant]},
+        grid=("G // BC", "W // BX", "FRAMES"),
+        grid_sizes=("FRAMES",),
+        num_warps=1,
+        num_stages=1,
+        targets=(90,),
+        hot=True,
+    )
+
+
 def _head_constants(heads: int, width: int, tokens: int) -> dict[str, int]:
     first = 1 << (heads.bit_length() - 1)
     rest = heads - first

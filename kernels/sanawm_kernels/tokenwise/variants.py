@@ -60,6 +60,9 @@ def _blocks(sizes: ModelSizes, target: int) -> Iterator[KernelVariant]:
     yield block_plans.depthwise_glu(KIND, KIND, *grid)
     for recipe in one_scale(target):
         yield block_plans.depthwise_glu(KIND, KIND, *grid, keep=False, **recipe)
+    for quant in (None, "fp8"):
+        if block_plans.hopper_fits(target, KIND, sizes.width, sizes.glu_width, 2 * sizes.glu_width, quant):
+            yield block_plans.depthwise_glu_hopper(KIND, *grid, keep=quant is None, quant=quant)
 
 
 def _heads(sizes: ModelSizes, target: int) -> Iterator[KernelVariant]:
