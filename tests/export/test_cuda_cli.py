@@ -135,6 +135,12 @@ def test_every_launch_is_timed_in_place(tmp_path: Path) -> None:
     assert sum(operation.count for operation in found) == len(plan.steps)
     assert sum(operation.us for operation in found) == 3.0 * len(plan.steps)
     assert {operation.name.partition(".")[0] for operation in found} >= {"gdn", "softmax"}
+    # A case is a row, also where one block's kernel is another one.
+    steps = [replace(s, kernel="gemm.other") if s.label == "blocks.0.proj" else replace(s, label="blocks.0.proj") if s.label == "blocks.1.proj" else s
+             for s in plan.steps]  # fmt: skip
+    found = operations(replace(plan, steps=steps), [[2.0]] * len(steps), cost.GPUS["h200"], frozenset())
+    assert len({operation.name for operation in found}) == len(found)
+    assert [(operation.count, operation.us) for operation in found if operation.kernel.startswith("gemm.other and gemm.")] == [(2, 4.0)]
     del timed
     engine.close()
 

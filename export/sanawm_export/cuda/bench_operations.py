@@ -60,8 +60,11 @@ def step_times(engine: CudaEngine, program: str, buffers: Mapping[str, Buffer], 
 
 
 def operations(plan: Plan, times: list[list[float]], gpu: Gpu, softmax: frozenset[int] = frozenset()) -> list[Operation]:
-    """Sums over the blocks of a kind, the costliest first. `softmax`: the transformer's blocks with softmax attention."""
-    found: dict[tuple[str, str], Operation] = {}
+    """Sums over the blocks of a kind, the costliest first. `softmax`: the transformer's blocks with softmax attention.
+
+    Where blocks have different kernels for one operation, since the clean pass has few rows in its last block, the sum is over all and names them.
+    """
+    found: dict[str, Operation] = {}
     for step, values in zip(plan.steps, times, strict=True):
         kernel = step.kernel if isinstance(step, Launch) else "copy"
         name = operation_name(step.label)
@@ -70,9 +73,10 @@ def operations(plan: Plan, times: list[list[float]], gpu: Gpu, softmax: frozense
         elif plan.program.startswith("decode"):
             name = kernel  # the decoder's blocks have shapes of their own, and kernels are named by these
         kind = operation_class(step)
-        old = found.get((name, kernel), Operation(name, kernel, kind, 0, 0.0, 0.0, 0.0, 0.0))
-        found[name, kernel] = Operation(
-            name, kernel, kind, old.count + 1, old.us + statistics.median(values), old.least_us + min(values), old.most_us + max(values),
+        old = found.get(name, Operation(name, kernel, kind, 0, 0.0, 0.0, 0.0, 0.0))
+        kernels = old.kernel if kernel in old.kernel.split(" and ") else f"{old.kernel} and {kernel}"
+        found[name] = Operation(
+            name, kernels, kind, old.count + 1, old.us + statistics.median(values), old.least_us + min(values), old.most_us + max(values),
             old.floor_us + floor_us(step, gpu),
         )  # fmt: skip
     return sorted(found.values(), key=lambda operation: -operation.us)
