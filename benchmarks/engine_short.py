@@ -142,10 +142,9 @@ def sorted_hazards(found: Iterable[Hazard], kernels: Iterable[Mapping[str, Any]]
 def races(log: Path, bundle: Path) -> None:
     """Say what racecheck found. Raises SystemExit for hazards of the kernels' own, or a log that does not reach its summary."""
     index = json.loads((bundle / "kernels" / "index.json").read_text())
-    with log.open(errors="replace") as lines:
-        compilers, others = sorted_hazards(read_hazards(lines), index["kernels"])
-    with log.open(errors="replace") as lines:
-        ended = any("RACECHECK SUMMARY" in line for line in lines)
+    lines = log.read_text(errors="replace").splitlines()
+    compilers, others = sorted_hazards(read_hazards(lines), index["kernels"])
+    ended = any("RACECHECK SUMMARY" in line for line in lines)
     print(f"reports on the compiler's hand-over: {dict(compilers)}; others: {dict(others)}", flush=True)
     if others or not ended:
         raise SystemExit("racecheck found hazards" if others else f"{log} ends before racecheck's summary")

@@ -37,10 +37,8 @@ def depthwise_glu(ctx: Context, label: str, x: View, block: str, frames: int, pr
     M, G, c = x.shape[0], x.shape[1] // 2, ctx.config
     done, fill, parameters = tile_quantization(ctx, label, M, G, product)
     out = ctx.tensor(label, M, G) if done.quant is None else None
-    if block_plans.hopper_fits(ctx.target, ctx.kind, c.width, G, row_stride(x), parameters.get("quant")):
-        variant = block_plans.depthwise_glu_hopper(ctx.kind, c.height, c.width, G, keep=done.quant is None, quant=parameters.get("quant"))
-    else:
-        variant = block_plans.depthwise_glu(ctx.kind, ctx.kind, c.height, c.width, G, keep=done.quant is None, **parameters)
-    bindings = {"x": x, "x_row": row_stride(x), "taps": ctx.weight(f"{block}.taps"), "bias": ctx.weight(f"{block}.taps.bias"), "out": out}
+    row = row_stride(x)
+    variant = block_plans.depthwise_glu_for(ctx.target, ctx.kind, ctx.kind, c.height, c.width, G, row, keep=done.quant is None, **parameters)
+    bindings = {"x": x, "x_row": row, "taps": ctx.weight(f"{block}.taps"), "bias": ctx.weight(f"{block}.taps.bias"), "out": out}
     ctx.tape.launch(label, variant, bindings | fill, ("out", "codes", "scales"), flops=2 * M * 2 * G * 9, unit="fp32", FRAMES=frames)
     return replace(done, plain=out)

@@ -33,12 +33,9 @@ def depthwise_glu(x_BNG: Tensor, taps_9G: Tensor, bias_G: Tensor, grid: tuple[in
     parameters = quantized_plan(quantize, x_BNG.device)
     out = torch.empty(shape, dtype=x_BNG.dtype, device=x_BNG.device) if parameters["keep"] else None
     quantized = empty_quantized(shape, quantize, x_BNG.device)
-    kind, weight, gated, quant = type_name(flat, what), type_name(taps_9G, what), width // 2, parameters.get("quant")
-    row = flat.stride(0)
-    if flat.data_ptr() % 16 == 0 and plans.hopper_fits(target(x_BNG.device), kind, w, gated, row, quant):
-        variant = plans.depthwise_glu_hopper(weight, h, w, gated, keep=parameters["keep"], quant=quant)
-    else:
-        variant = plans.depthwise_glu(kind, weight, h, w, gated, **parameters)
+    row, aligned = flat.stride(0), flat.data_ptr() % 16 == 0
+    kinds = type_name(flat, what), type_name(taps_9G, what)
+    variant = plans.depthwise_glu_for(target(x_BNG.device), *kinds, h, w, width // 2, row, aligned=aligned, **parameters)
     arguments: dict[str, Any] = {"x": flat, "x_row": row, "taps": taps_9G, "bias": bias_G} | (
         {} if out is None else {"out": out}
     )

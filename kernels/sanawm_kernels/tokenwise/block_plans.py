@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 from sanawm_kernels.aot.spec import KernelVariant
 from sanawm_kernels.tokenwise.plans import (
@@ -93,6 +94,18 @@ def depthwise_glu_hopper(weight: str, height: int, width: int, gated: int, *, ke
         targets=(90,),
         hot=True,
     )
+
+
+def depthwise_glu_for(
+    target: int, kind: str, weight: str, height: int, width: int, gated: int, row: int, *, aligned: bool = True, keep: bool, **form: Any
+) -> KernelVariant:
+    """The kernel of a target for an input whose rows are `row` elements apart; `aligned`: whether it begins at a multiple of 16 bytes.
+
+    form: how results are quantized, as `depthwise_glu` takes it.
+    """
+    if aligned and hopper_fits(target, kind, width, gated, row, form.get("quant")):
+        return depthwise_glu_hopper(weight, height, width, gated, keep=keep, quant=form.get("quant"))
+    return depthwise_glu(kind, weight, height, width, gated, keep=keep, **form)
 
 
 def _head_constants(heads: int, width: int, tokens: int) -> dict[str, int]:

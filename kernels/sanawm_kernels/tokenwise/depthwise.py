@@ -65,7 +65,7 @@ def _taps(taps, channel, present, factor: tl.constexpr, G: tl.constexpr):
 
 
 @triton.jit
-def _filtered(start, columns, taps, K: tl.constexpr, BX: tl.constexpr):
+def filtered(start, columns, taps, K: tl.constexpr, BX: tl.constexpr):
     """start plus row K of the kernel over an input row, for each of BX columns."""
     found = ()
     for i in tl.static_range(BX):
@@ -75,7 +75,7 @@ def _filtered(start, columns, taps, K: tl.constexpr, BX: tl.constexpr):
 
 
 @triton.jit
-def _repeated(x, TIMES: tl.constexpr):
+def repeated(x, TIMES: tl.constexpr):
     found = ()
     for _ in tl.static_range(TIMES):
         found = found + (x,)  # type: ignore[assignment] # noqa: RUF005
@@ -145,18 +145,18 @@ def depthwise_glu(
 
     # `above` waits for output row y - 1, `here` for row y, when input row y arrives.
     zero = tl.zeros((BC,), tl.float32)
-    v_above, g_above = _repeated(zero, BX), _repeated(zero, BX)
-    v_here, g_here = _repeated(v_bias, BX), _repeated(g_bias, BX)
+    v_above, g_above = repeated(zero, BX), repeated(zero, BX)
+    v_here, g_here = repeated(v_bias, BX), repeated(g_bias, BX)
     v_next, g_next = _load_row(source, half, y0 > 0, first_pixel + (y0 - 1) * W + x0, step, x0, unit, here, W, BX)
     for y in range(y0 - 1, y0 + STRIP + 1):
         v_row, g_row = _all_numbers(v_next, BC), _all_numbers(g_next, BC)
         inside = (y + 1 < H) & (y < y0 + STRIP)
         v_next, g_next = _load_row(source, half, inside, first_pixel + (y + 1) * W + x0, step, x0, unit, here, W, BX)
         # In this order fewest sums wait in registers.
-        value = _filtered(v_above, v_row, v_taps, 2, BX)
-        v_above = _filtered(v_here, v_row, v_taps, 1, BX)
-        v_here = _filtered(_repeated(v_bias, BX), v_row, v_taps, 0, BX)
-        gate = _filtered(g_above, g_row, g_taps, 2, BX)
+        value = filtered(v_above, v_row, v_taps, 2, BX)
+        v_above = filtered(v_here, v_row, v_taps, 1, BX)
+        v_here = filtered(repeated(v_bias, BX), v_row, v_taps, 0, BX)
+        gate = filtered(g_above, g_row, g_taps, 2, BX)
         pixel = (first_pixel + (y - 1) * W + x0).to(tl.int64)
         done = (y > y0) & (y <= H)
         for i in tl.static_range(BX):
@@ -165,5 +165,5 @@ def depthwise_glu(
             result = (value[i] * gate[i] * (root * root)).to(x.dtype.element_ty)
             shown = done & (W % BX == 0 or x0 + i < W)
             _store(result, out, codes, scales, factor, pixel, i, block, shown, G, BC, QUANT, SWIZZLED, NATIVE)
-        g_above = _filtered(g_here, g_row, g_taps, 1, BX)
-        g_here = _filtered(_repeated(g_bias, BX), g_row, g_taps, 0, BX)
+        g_above = filtered(g_here, g_row, g_taps, 1, BX)
+        g_here = filtered(repeated(g_bias, BX), g_row, g_taps, 0, BX)

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from sanawm_kernels import roles
 from sanawm_kernels.quant.triton import NO_CODES
-from sanawm_kernels.tokenwise.depthwise import LN_2, LOG2_E
+from sanawm_kernels.tokenwise.depthwise import LN_2, LOG2_E, filtered, repeated
 
 ROUND_PAIR = gl.constexpr("""{
     .reg .b32 pair;
@@ -72,27 +72,9 @@ def _taps(taps, channel, factor: gl.constexpr, G: gl.constexpr):
 
 
 @gluon.jit
-def _filtered(start, columns, taps, K: gl.constexpr):
-    """start plus row K of the kernel over an input row, for each column but the outermost."""
-    found = ()
-    for i in gl.static_range(len(columns) - 2):
-        y = start[i] + columns[i] * taps[3 * K] + columns[i + 1] * taps[3 * K + 1] + columns[i + 2] * taps[3 * K + 2]
-        found = found + (y,)  # type: ignore[assignment] # noqa: RUF005
-    return found
-
-
-@gluon.jit
 def _rounded(x):
     """float32 rounded to bfloat16 numbers, two at once: the compiler's conversion of one takes as long as four additions, in the unit of roots."""
     return gl.inline_asm_elementwise(ROUND_PAIR, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=True, pack=2)
-
-
-@gluon.jit
-def _repeated(x, TIMES: gl.constexpr):
-    found = ()
-    for _ in gl.static_range(TIMES):
-        found = found + (x,)  # type: ignore[assignment] # noqa: RUF005
-    return found
 
 
 @gluon.jit
@@ -145,8 +127,8 @@ def depthwise_glu(
 
     # `above` waits for output row y - 1, `here` for row y, when input row y arrives; row H is zeros.
     zero = gl.zeros([BC], gl.float32, PAIRS)
-    v_above, g_above = _repeated(zero, BX), _repeated(zero, BX)
-    v_here, g_here = _repeated(v_bias, BX), _repeated(g_bias, BX)
+    v_above, g_above = repeated(zero, BX), repeated(zero, BX)
+    v_here, g_here = repeated(v_bias, BX), repeated(g_bias, BX)
     stored = (first_pixel - W).to(gl.int64) * G + channel
     for y in range(H + 1):
         async_copy.wait_group(STAGES - 2)
@@ -159,11 +141,11 @@ def depthwise_glu(
         # In this order fewest sums wait in registers.
         edges = _four(rings[2 * GROUPS], y % STAGES)
         v_row = _row(rings, edges, y % STAGES, 0)
-        value = _filtered(v_above, v_row, v_taps, 2)
-        v_above = _filtered(v_here, v_row, v_taps, 1)
-        v_here = _filtered(_repeated(v_bias, BX), v_row, v_taps, 0)
+        value = filtered(v_above, v_row, v_taps, 2, BX)
+        v_above = filtered(v_here, v_row, v_taps, 1, BX)
+        v_here = filtered(repeated(v_bias, BX), v_row, v_taps, 0, BX)
         g_row = _row(rings, edges, y % STAGES, 1)
-        gate = _filtered(g_above, g_row, g_taps, 2)
+        gate = filtered(g_above, g_row, g_taps, 2, BX)
         for i in gl.static_range(BX):
             # The square of a reciprocal root costs a third of a division.
             root = gl.rsqrt(1.0 + gl.exp2(gate[i]))
@@ -173,7 +155,7 @@ def depthwise_glu(
                 gl.store(out + stored + i * G, result.to(gl.bfloat16), mask=mask)
             if QUANT != NO_CODES:
                 gl.store(codes + stored + i * G, (_rounded(result) * factor).to(gl.float8e4nv), mask=mask)
-        g_above = _filtered(g_here, g_row, g_taps, 1)
-        g_here = _filtered(_repeated(g_bias, BX), g_row, g_taps, 0)
+        g_above = filtered(g_here, g_row, g_taps, 1, BX)
+        g_here = filtered(repeated(g_bias, BX), g_row, g_taps, 0, BX)
         stored += W * G
     async_copy.wait_group(0)

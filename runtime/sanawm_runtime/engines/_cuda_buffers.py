@@ -42,10 +42,11 @@ class Memory:
             return heapq.heappop(kept)
         self._made += 1
         try:
-            return self._made, self.device.allocate(spec.nbytes), None, {}
+            address = self.device.allocate(spec.nbytes)
         except EngineError:
             self.release()
-            return self._made, self.device.allocate(spec.nbytes), None, {}
+            address = self.device.allocate(spec.nbytes)
+        return self._made, address, None, {}
 
     def give(self, spec: TensorSpec, piece: _Piece) -> None:
         heapq.heappush(self._free.setdefault((spec.name, spec.nbytes), []), piece)
