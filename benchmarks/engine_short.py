@@ -20,6 +20,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def run(bundle: Path) -> None:
 
 # What the driver keeps of a program's shared memory on Hopper, below the kernel's own.
 RESERVED = 1024
-# Bytes of instructions over which the compiler spreads the stores of one hand-over.
-SPREAD = 256
+# Bytes of instructions from one store of a hand-over to the next, at most; 48 were seen.
+BETWEEN = 64
 _PLACE = re.compile(r"hazard detected.* at __shared__ (0x[0-9a-f]+)")
 _THREAD = re.compile(r"(Read|Write) Thread \((\d+),\d+,\d+\) at (\w+)\+(0x[0-9a-f]+)")
 
@@ -123,19 +124,26 @@ def handover(kernel: Mapping[str, Any]) -> range:
 def sorted_hazards(found: Iterable[Hazard], kernels: Iterable[Mapping[str, Any]]) -> tuple[Counter[str], Counter[str]]:
     """By kernel, reports on the compiler's hand-over from the first four warps to the others, and the rest. kernels: rows of an index.
 
-    The hand-over is the bytes above and what the roles were given, stored beside them; all of it is read behind a named barrier that racecheck does
-    not see.
+    The hand-over is the bytes above and what the roles were given, stored one after the other; all of it is read behind a named barrier that
+    racecheck does not see.
     """
     found = list(found)
     places: dict[str, set[int]] = defaultdict(set)
     for kernel in kernels:
         places[kernel["entry"]].update(handover(kernel))
-    stores = {(hazard.entry, hazard.wrote) for hazard in found if hazard.roles and hazard.place in places[hazard.entry]}
+    stores: dict[str, set[int]] = defaultdict(set)
+    for hazard in found:
+        if hazard.roles:
+            stores[hazard.entry].add(hazard.wrote)
+    handed = {(hazard.entry, hazard.wrote) for hazard in found if hazard.roles and hazard.place in places[hazard.entry]}
+    for entry, wrote in stores.items():
+        for before, at in [*pairwise(sorted(wrote)), *pairwise(sorted(wrote, reverse=True))]:
+            if (entry, before) in handed and abs(at - before) <= BETWEEN:
+                handed.add((entry, at))
     compilers: Counter[str] = Counter()
     others: Counter[str] = Counter()
     for hazard in found:
-        beside = any(entry == hazard.entry and abs(wrote - hazard.wrote) < SPREAD for entry, wrote in stores)
-        (compilers if hazard.roles and beside else others)[hazard.entry] += 1
+        (compilers if hazard.roles and (hazard.entry, hazard.wrote) in handed else others)[hazard.entry] += 1
     return compilers, others
 
 

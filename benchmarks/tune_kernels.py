@@ -39,8 +39,12 @@ from sanawm_kernels.tuning import Row
 
 BLOCK = gdn.Problem(1, H, D, T, S, (D * S) ** -0.5, commit=False)
 
-# Settings of each phase, warps, stages: all combinations, unless a list of combinations is given.
 Choices = dict[str, Sequence[Any]]
+MODULATIONS: list[Choices] = [
+    {"R": (1,), "STAGES": (1,), "warps": (1, 2, 4, 8), "stages": (1,)},
+    {"R": (2, 4, 8), "STAGES": (2, 3, 4), "warps": (2, 4, 8), "stages": (1,)},
+]
+# Settings of each phase, warps, stages: all combinations, unless a list of combinations is given.
 CHOICES: dict[str, list[Choices]] = {
     "prepare": [{"warps": (4, 8, 16), "stages": (1,)}],
     "summarize": [
@@ -67,8 +71,8 @@ CHOICES: dict[str, list[Choices]] = {
     "ucpe": [{"warps": (1, 2, 4, 8), "stages": (1,)}],
     "inverse_ucpe": [{"warps": (1, 2, 4, 8), "stages": (1,)}],
     "transpose": [{"R": (32, 64, 128), "warps": (2, 4, 8), "stages": (1,)}],
-    "modulate": [{"R": (1, 2, 4, 5), "warps": (2, 4, 8), "stages": (1,)}, {"R": (1,), "warps": (1,), "stages": (1,)}],
-    "fp8_rows": [{"R": (1, 2, 4, 5), "warps": (2, 4, 8), "stages": (1,)}, {"R": (1,), "warps": (1,), "stages": (1,)}],
+    "modulate": MODULATIONS,
+    "fp8_rows": MODULATIONS,
 }
 GDN = ("prepare", "summarize", "combine", "apply")
 

@@ -149,5 +149,5 @@ def test_bench_refuses_a_clip_that_starts_otherwise(tmp_path: Path) -> None:
     built = cuda_worlds.Built(tmp_path / "bundle", cuda_worlds.small_world())
     engine = CudaEngine(built.bundle, built.device(built.driver()))
     with pytest.raises(UserError, match="starts with 3 latent frames"):
-        Bench(built.bundle, 57, engine)
+        Bench(built.bundle, 57, engine, clips=1)
     engine.close()

@@ -80,7 +80,7 @@ class Memory:
 class Bench:
     """Clips of random latents and poses through a bundle's programs."""
 
-    def __init__(self, bundle: Bundle, frames: int, engine: CudaEngine, seed: int = 0, clips: int = 9) -> None:
+    def __init__(self, bundle: Bundle, frames: int, engine: CudaEngine, *, clips: int, seed: int = 0) -> None:
         world = bundle.manifest.config
         self.bundle, self.engine, self.clips = bundle, engine, clips
         self.random = np.random.default_rng(seed)

@@ -82,7 +82,7 @@ def plan(
 @click.command("bench")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--frames", default=961, show_default=True, help="Clip length 8k + 1.")
-@click.option("--clips", default=5, show_default=True, help="How often the whole clip is denoised; two of them are decoded, too.")
+@click.option("--clips", default=9, show_default=True, help="How often the whole clip is denoised; two of them are decoded, too.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the random latents, text and maps.")
 @click.option("--operations", default=10, show_default=True, help="Runs in which every launch is timed; 0: none.")
 @click.option("--endurance", default=0, show_default=True, help="Chunks of a long stream, whose time and memory are watched; 0: none.")
@@ -108,7 +108,7 @@ def bench(
         gpu = cost.GPUS.get(opened.manifest.target.name)
         if gpu is not None:
             gpu = bench_rows.measured_gpu(gpu, copy_bandwidth(engine.device))
-        timed = Bench(opened, frames, engine, seed, clips)
+        timed = Bench(opened, frames, engine, clips=clips, seed=seed)
         timed.run()
         found = bench_rows.rows(timed, gpu)
         if operations and gpu is not None:

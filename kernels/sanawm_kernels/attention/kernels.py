@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from sanawm_kernels.gdn.transforms import camera_rotary_tile, ucpe
-from sanawm_kernels.quant.triton import NO_CODES, NVFP4, nvfp4_blocks, saturate_e4m3, scale_offset
+from sanawm_kernels.quant.triton import NO_CODES, NVFP4, nvfp4_blocks, rounded, saturate_e4m3, scale_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Probabilities in (0, 1] use the upper half of e4m3's range when they are multiplied by this power of two; it cancels in the division.
@@ -71,7 +71,7 @@ def store_heads(
     mask = valid[:, None] & (channel < D)
     at = row[:, None] * (HEADS * D) + head * D + channel
     if BF16:
-        acc = acc.to(tl.bfloat16).to(tl.float32)
+        acc = rounded(acc, tl.bfloat16)
     if out is not None:
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
     if QUANT == NVFP4:

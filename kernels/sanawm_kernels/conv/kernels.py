@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sanawm_kernels.quant.triton import rounded
 from sanawm_kernels.tiles import grouped_tile
 
 # What a convolution does with its result.
@@ -54,7 +55,7 @@ def reflected(index, size):
 def image_bytes(acc, frame, y, column, channel, H: tl.constexpr, W: tl.constexpr, PATCH: tl.constexpr, BF16: tl.constexpr):
     """Places in the bytes (frames, PATCH * H, PATCH * W, 3) of an image of what a convolution made, and their values."""
     if BF16:
-        acc = acc.to(tl.bfloat16).to(tl.float32)
+        acc = rounded(acc, tl.bfloat16)
     level = tl.minimum(tl.maximum((acc + 1.0) * 127.5, 0.0), 255.0)
     # Adding and taking away 1.5 * 2**23 rounds to the nearest integer, ties to even.
     level = (level + 12582912.0) - 12582912.0

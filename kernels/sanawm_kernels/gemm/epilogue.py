@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanawm_kernels.quant.triton import NO_CODES, NVFP4, nvfp4_blocks, saturate_e4m3, scale_offset
+from sanawm_kernels.quant.triton import NO_CODES, NVFP4, nvfp4_blocks, rounded, saturate_e4m3, scale_offset
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _finish(
     if extra is not None:
         acc += tl.load(extra + row[:, None] * extra_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     if BF16:
-        acc = acc.to(tl.bfloat16).to(tl.float32)
+        acc = rounded(acc, tl.bfloat16)
     if isinstance(out, tl.tensor_descriptor):
         out.store([tile_m * BM, tile_n * BN], acc.to(out.dtype))
     elif out is not None:

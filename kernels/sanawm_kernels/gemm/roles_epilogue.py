@@ -7,6 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from sanawm_kernels import roles
+from sanawm_kernels.quant.triton import rounded
 
 
 @gluon.jit
@@ -106,8 +107,9 @@ def _finish_slice(
         acc += _slice(chunks, place + ADD + GATE, AT, SLICE).load(LAYOUT).to(gl.float32)
     if EXTRA:
         acc += _slice(chunks, place + ADD + GATE + RESIDUAL, AT, SLICE).load(LAYOUT).to(gl.float32)
-    rounded = acc.to(out.dtype)
-    _slice(chunks, place, AT, SLICE).store(rounded)
+    if squares is not None:
+        acc = rounded(acc, out.dtype)
+    _slice(chunks, place, AT, SLICE).store(acc.to(out.dtype))
     if AT + SLICE == CW:
         fence_async_shared()
         roles.barrier()
@@ -122,8 +124,7 @@ def _finish_slice(
                 mbarrier.arrive(empty.index(slot), count=1)
     if squares is not None:
         # What overhangs N is zero.
-        stored = rounded.to(gl.float32)
-        return gl.sum(stored * stored, 1)
+        return gl.sum(acc * acc, 1)
     else:
         return 0.0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,6 +19,8 @@ import torch
 import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
+
+from sanawm_kernels.quant.triton import ROUND_PAIR
 
 NARROW: dict[Any, Any] = {tl.bfloat16: ml_dtypes.bfloat16, tl.float8e4nv: ml_dtypes.float8_e4m3fn}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -80,6 +83,12 @@ def exact() -> Iterator[None]:
     def fp_to_fp(self: Any, src: Any, dst: Any, rounding: Any) -> Any:
         return _cast(src, dst)
 
+    def inline_asm(self: Any, text: str, constraints: str, values: list[Any], types: list[Any], is_pure: bool, pack: int) -> Any:
+        if text != ROUND_PAIR.value:
+            raise NotImplementedError(f"the interpreter does not know these instructions:\n{text}")
+        results = [_cast(_cast(values[0], tl.bfloat16), tl.float32)]
+        return SimpleNamespace(get_result=results.__getitem__)
+
     def dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
         total = _values(a).astype(np.float64) @ _values(b).astype(np.float64) + d.data
         return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
@@ -101,6 +110,7 @@ def exact() -> Iterator[None]:
         mock.patch.object(TritonSemantic, "dot_scaled", dot_scaled_formats),
         mock.patch.object(builder, "cast_impl", cast_impl),
         mock.patch.object(builder, "create_fp_to_fp", fp_to_fp),
+        mock.patch.object(builder, "create_inline_asm", inline_asm, create=True),
         mock.patch.object(builder, "create_dot", dot),
         mock.patch.object(builder, "create_dot_scaled", dot_scaled, create=True),
     ):

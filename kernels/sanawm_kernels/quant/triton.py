@@ -27,6 +27,27 @@ _PACK_NATIVE = tl.constexpr("""{
 }""")
 
 
+ROUND_PAIR = tl.constexpr("""{
+    .reg .b32 pair;
+    cvt.rn.bf16x2.f32 pair, $3, $2;
+    shl.b32 $0, pair, 16;
+    and.b32 $1, pair, 0xffff0000;
+}""")
+
+
+@triton.jit
+def rounded(x, KIND: tl.constexpr):
+    """float32 x rounded to the numbers of a dtype, in float32.
+
+    To bfloat16 two at once: of `x.to(KIND).to(tl.float32)` the compiler makes conversions of single elements, which a multiprocessor has sixteen
+    lanes for.
+    """
+    if tl.bfloat16 == KIND:
+        return tl.inline_asm_elementwise(ROUND_PAIR, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        return x.to(KIND).to(tl.float32)
+
+
 @triton.jit
 def e2m1_codes(x):
     """Codes 0..15 (uint8) of float32 x: nearest, ties to the even code, saturating."""
@@ -77,7 +98,7 @@ def saturate_e4m3(x):
 def store_row(
     x, codes, scales, scale, row, column, blocks, inside, W: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """Quantize and store W float32 elements x of a row, which start at `column` (a multiple of 16); `inside` masks the row's end.
+    """Quantize and store W float32 elements x of a row, which start at `column` (a multiple of 16); `inside` masks the row's end, or is None.
 
     scale: the float32 scale of FP8, the row's own scale of FP8_ROWS, the global scale of NVFP4; blocks: 16-element blocks of a whole row.
     """

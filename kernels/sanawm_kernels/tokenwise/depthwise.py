@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sanawm_kernels.quant.triton import FP8, NO_CODES, NVFP4, nvfp4_blocks, saturate_e4m3, scale_offset
+from sanawm_kernels.quant.triton import FP8, NO_CODES, NVFP4, nvfp4_blocks, rounded, saturate_e4m3, scale_offset
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -85,25 +85,27 @@ def repeated(x, TIMES: tl.constexpr):
 @triton.jit
 def _store(
     result, out, codes, scales, factor, pixel, i: tl.constexpr, block, shown,
-    G: tl.constexpr, BC: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
+    KIND: tl.constexpr, G: tl.constexpr, BC: tl.constexpr, QUANT: tl.constexpr, SWIZZLED: tl.constexpr, NATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Store BC channels of pixel + i, from `block` on, plain, quantized, or both; `shown`: whether there is such a pixel.
+    """Store BC float32 channels of pixel + i, from `block` on, rounded to KIND, quantized after that, or both.
 
-    factor: the global scale of NVFP4, the reciprocal of FP8's.
+    shown: whether there is such a pixel; factor: the global scale of NVFP4, the reciprocal of FP8's.
     """
     channel = block + tl.arange(0, BC)
     mask = (channel < G) & shown
     if out is not None:
-        tl.store(out + pixel * G + i * G + channel, result, mask=mask)
+        tl.store(out + pixel * G + i * G + channel, result.to(out.dtype.element_ty), mask=mask)
+    if QUANT != NO_CODES:
+        result = rounded(result, KIND)
     if QUANT == NVFP4:
-        packed, steps = nvfp4_blocks(tl.reshape(result, (1, BC)).to(tl.float32), factor, 1, BC // 16, NATIVE)
+        packed, steps = nvfp4_blocks(tl.reshape(result, (1, BC)), factor, 1, BC // 16, NATIVE)
         byte = block // 2 + tl.arange(0, BC // 2)
         tl.store(codes + pixel * (G // 2) + i * (G // 2) + byte, tl.reshape(packed, (BC // 2,)), mask=(byte < G // 2) & shown)
         sixteen = block // 16 + tl.arange(0, BC // 16)
         at = scales + scale_offset(pixel + i, sixteen, G // 16, SWIZZLED)
         tl.store(at, tl.reshape(steps, (BC // 16,)), mask=(sixteen < G // 16) & shown)
     elif QUANT != NO_CODES:
-        tl.store(codes + pixel * G + i * G + channel, saturate_e4m3(result.to(tl.float32) * factor), mask=mask)
+        tl.store(codes + pixel * G + i * G + channel, saturate_e4m3(result * factor), mask=mask)
 
 
 @triton.jit
@@ -162,8 +164,8 @@ def depthwise_glu(
         for i in tl.static_range(BX):
             # The square of a reciprocal root costs a third of a division.
             root = tl.math.rsqrt(1.0 + tl.exp2(gate[i] * exponent))
-            result = (value[i] * gate[i] * (root * root)).to(x.dtype.element_ty)
+            result = value[i] * gate[i] * (root * root)
             shown = done & (W % BX == 0 or x0 + i < W)
-            _store(result, out, codes, scales, factor, pixel, i, block, shown, G, BC, QUANT, SWIZZLED, NATIVE)
+            _store(result, out, codes, scales, factor, pixel, i, block, shown, x.dtype.element_ty, G, BC, QUANT, SWIZZLED, NATIVE)
         g_above = filtered(g_here, g_row, g_taps, 1, BX)
         g_here = filtered(repeated(g_bias, BX), g_row, g_taps, 0, BX)

@@ -12,15 +12,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from sanawm_kernels import roles
-from sanawm_kernels.quant.triton import NO_CODES
+from sanawm_kernels.quant.triton import NO_CODES, rounded
 from sanawm_kernels.tokenwise.depthwise import LN_2, LOG2_E, filtered, repeated
-
-ROUND_PAIR = gl.constexpr("""{
-    .reg .b32 pair;
-    cvt.rn.bf16x2.f32 pair, $3, $2;
-    shl.b32 $0, pair, 16;
-    and.b32 $1, pair, 0xffff0000;
-}""")
 
 
 @gluon.jit
@@ -69,12 +62,6 @@ def _taps(taps, channel, factor: gl.constexpr, G: gl.constexpr):
     for i in gl.static_range(9):
         found = found + (gl.load(taps + i * 2 * G + channel).to(gl.float32) * factor,)  # type: ignore[assignment] # noqa: RUF005
     return found
-
-
-@gluon.jit
-def _rounded(x):
-    """float32 rounded to bfloat16 numbers, two at once: the compiler's conversion of one takes as long as four additions, in the unit of roots."""
-    return gl.inline_asm_elementwise(ROUND_PAIR, "=f,=f,f,f", [x], dtype=gl.float32, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -154,7 +141,7 @@ def depthwise_glu(
             if out is not None:
                 gl.store(out + stored + i * G, result.to(gl.bfloat16), mask=mask)
             if QUANT != NO_CODES:
-                gl.store(codes + stored + i * G, (_rounded(result) * factor).to(gl.float8e4nv), mask=mask)
+                gl.store(codes + stored + i * G, (rounded(result, gl.bfloat16) * factor).to(gl.float8e4nv), mask=mask)
         g_above = filtered(g_here, g_row, g_taps, 1, BX)
         g_here = filtered(repeated(g_bias, BX), g_row, g_taps, 0, BX)
         stored += W * G

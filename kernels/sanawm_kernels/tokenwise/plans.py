@@ -29,10 +29,9 @@ def targets_of(quant: str | None) -> tuple[int, ...]:
 
 
 def cover(channels: int) -> tuple[int, int]:
-    """Two power-of-two tiles over a row: the largest within it, and the smallest (at least 16) over the rest, 0 if nothing rests."""
+    """Two power-of-two tiles over a row: the largest within it, and the smallest over the rest (at least 16, also where nothing rests)."""
     first = 1 << (channels.bit_length() - 1)
-    rest = channels - first
-    return first, max(16, 1 << (rest - 1).bit_length()) if rest else 0
+    return first, max(16, 1 << (channels - first - 1).bit_length())
 
 
 def pointer(kind: str | None) -> str | None:
@@ -86,8 +85,8 @@ def _row_warps(channels: int) -> int:
 
 
 def rows_of(tokens: int) -> int:
-    """Rows of a program, where `tokens` share their modulation."""
-    return 1
+    """Rows of a program that modulates, where `tokens` share their modulation: four, or as many of them as divide the tokens."""
+    return next(rows for rows in (4, 2, 1) if tokens % rows == 0)
 
 
 @cache
@@ -127,9 +126,11 @@ def update_rows(
     signature, absent = arguments(entries)
     c0, c1 = cover(channels)
     warps = _row_warps(channels)
+    rows = rows_of(tokens) if modulate else 1
     constants = {
         "TOKENS": tokens if framed else 1,
-        "R": rows_of(tokens) if framed else 1,
+        "R": rows,
+        "STAGES": rows if quant is None else min(rows, 3),
         "LANES": 32 * warps,
         "C": channels,
         "C0": c0,
@@ -178,7 +179,7 @@ def gate_rows(
         kernel=f"{ROWS}:gate_rows",
         signature=signature,
         constexprs=absent
-        | {"C": channels, "C0": c0, "C1": c1}
+        | {"LANES": 32 * _row_warps(channels), "C": channels, "C0": c0, "C1": c1}
         | {"QUANT": QUANT_CODES[quant], "SWIZZLED": swizzled, "NATIVE": native_fp4(quant, native)},
         grid=("ROWS", "1", "1"),
         grid_sizes=("ROWS",),
