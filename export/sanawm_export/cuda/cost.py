@@ -41,8 +41,8 @@ GPUS = {
 # Share of its floor that each class of operations reaches, in bf16 and FP8 together, with the floor from the data sheet's arithmetic and a copy's
 # bandwidth. From `benchmarks/engine_shares.py` on the rows of an H200, 2026-11-28; NVFP4 products have not been timed and are taken for FP8's.
 ACHIEVED: Mapping[str, float] = MappingProxyType({
-    "gemm.bf16": 0.63, "gemm.fp8": 0.56, "gemm.nvfp4": 0.56, "attention": 0.60, "gdn": 0.41, "tokenwise": 0.73, "conv": 0.64,
-    "copy": 0.33, "chunk": 0.16,
+    "gemm.bf16": 0.62, "gemm.fp8": 0.56, "gemm.nvfp4": 0.56, "attention": 0.60, "gdn": 0.41, "tokenwise": 0.74, "conv": 0.65,
+    "copy": 0.33, "chunk": 0.11,
 })  # fmt: skip
 
 
@@ -57,7 +57,7 @@ class Assumptions:
     shares: Mapping[str, float] = field(default_factory=lambda: dict(ACHIEVED))
     others: float = 0.3
     memory: float = 0.87
-    gap_us: float = 2.6
+    gap_us: float = 2.9
 
 
 def operation_class(step: Step) -> str:
