@@ -2,7 +2,7 @@
 
     python benchmarks/merge_results.py -o benchmarks/results/h200-engine.json engine-bf16.json engine-fp8.json peers.json numerics.json
 
-Rows are put one after the other. A row with `peer_of` names the case that it is a peer of; that case gets the fastest of its peers. What a file
+Rows are put one after the other. A row with `peer_of` names the case that it is a peer of, in whichever file; that case gets the fastest of its peers. What a file
 holds beside its rows is kept under `details` by the file's name.
 """
 
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from sanawm_export.peers import attach
 
 _HEAD = ("hardware", "driver", "versions", "commit", "date", "notes", "rows")
 
@@ -28,11 +30,7 @@ def merge(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     cases = [row["case"] for row in rows]
     if twice := sorted({case for case in cases if cases.count(case) > 1}):
         raise ValueError(f"measured twice: {', '.join(twice)}; keep one of them")
-    by_case = dict(zip(cases, rows))
-    for peer in sorted((row for row in rows if "peer_of" in row), key=lambda row: -row["value"]):
-        target = by_case.get(peer.pop("peer_of"))
-        if target is not None:
-            target["peer"], target["peer_value"] = peer["case"].split(".")[1], peer["value"]
+    attach(rows)
     versions: dict[str, str] = {}
     for document in documents:
         versions |= document["versions"]

@@ -10,8 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import engine_peers
 from merge_results import merge
+
+from sanawm_export.peers import sglang_clip
 
 
 def result(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def row(case: str, value: float) -> dict[str, Any]:
 
 
 def test_a_case_gets_the_fastest_of_its_peers() -> None:
-    peers = [entry for variant, seconds in (("sglang", [0.7, 0.8, 0.6]), ("sglang-compiled", [0.5])) for entry in engine_peers.rows(variant, seconds, 961, 40)]
+    peers = [entry for variant, seconds in (("sglang", [0.7, 0.8, 0.6]), ("sglang-compiled", [0.5])) for entry in sglang_clip.rows(variant, seconds, 961, 40)]
     engine = result(row("engine.denoise.961f.bf16", 6.5), row("engine.chunk.bf16", 0.1), driver="13010", spans=[1])
     merged = merge({"bf16": engine, "peers": result(*peers)})
     found = {entry["case"]: entry for entry in merged["rows"]}

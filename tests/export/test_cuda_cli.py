@@ -17,11 +17,12 @@ import cuda_worlds
 from sanawm.config import tiny_config
 from sanawm.errors import UserError
 from sanawm.programs import Geometry
+from sanawm_export import peers
 from sanawm_export.cuda import cost
 from sanawm_export.cuda.bench import Bench
 from sanawm_export.cuda.bench_operations import operations, step_times
-from sanawm_export.cuda.bench_rows import rows
-from sanawm_export.cuda.cli import plan
+from sanawm_export.cuda.bench_rows import row, rows
+from sanawm_export.cuda.cli import bench, plan
 from sanawm_export.cuda.formats import formats_for
 from sanawm_export.cuda.lower import dit_weights, lower_part_dit
 from sanawm_runtime.engines._cuda_plan import Launch
@@ -143,6 +144,28 @@ def test_every_launch_is_timed_in_place(tmp_path: Path) -> None:
     assert [(operation.count, operation.us) for operation in found if operation.kernel.startswith("gemm.other and gemm.")] == [(2, 4.0)]
     del timed
     engine.close()
+
+
+def test_bench_sets_a_peer_beside_the_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = cuda_worlds.Built(tmp_path / "bundle", cuda_worlds.small_world())
+    monkeypatch.setattr("sanawm_runtime.engines.cuda.CudaEngine", lambda bundle: CudaEngine(bundle, built.device(built.driver())))
+    monkeypatch.setattr("sanawm_export.cuda.bench_operations.copy_bandwidth", lambda device: 4e12)
+    monkeypatch.setattr(peers, "folder", lambda name: tmp_path)
+
+    def run(name: str, frames: int) -> dict[str, object]:
+        assert json.loads(out.read_text())["rows"], "what was measured is there before a peer begins"
+        found = row(f"peer.{name}.denoise.{frames}f.fp32", "device", [2.0], None, "a stand-in")
+        return {"versions": {name: "1"}, "rows": [{**found, "peer_of": f"engine.denoise.{frames}f.fp32"}]}
+
+    monkeypatch.setattr(peers, "run", run)
+    out = tmp_path / "bench.json"
+    options = ["--frames", "81", "--clips", "1", "--operations", "0", "--peer", "sglang", "-o", str(out)]
+    result = CliRunner().invoke(bench, [str(built.bundle.root), *options], catch_exceptions=False)
+    assert result.exit_code == 0 and "sglang: 2" in result.output
+    document = json.loads(out.read_text())
+    found = {entry["case"]: entry for entry in document["rows"]}
+    assert (found["engine.denoise.81f.fp32"]["peer"], found["engine.denoise.81f.fp32"]["peer_value"]) == ("sglang", 2.0)
+    assert found["peer.sglang.denoise.81f.fp32"]["value"] == 2.0 and document["versions"]["sglang"] == "1"
 
 
 def test_bench_refuses_a_clip_that_starts_otherwise(tmp_path: Path) -> None:

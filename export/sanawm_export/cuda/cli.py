@@ -14,6 +14,7 @@ from sanawm.console import json_option, print_json, stdout
 from sanawm.errors import UserError
 from sanawm.programs import Geometry
 from sanawm.schedule import chunk_grid, first_chunk_frames, latent_frames
+from sanawm_export import peers
 from sanawm_export.cuda import arena, cost
 from sanawm_export.cuda.lower import lower_parts
 from sanawm_export.cuda.recipes import planned_formats
@@ -86,11 +87,13 @@ def plan(
 @click.option("--seed", default=0, show_default=True, help="Seed of the random latents, text and maps.")
 @click.option("--operations", default=10, show_default=True, help="Runs in which every launch is timed; 0: none.")
 @click.option("--endurance", default=0, show_default=True, help="Chunks of a long stream, whose time and memory are watched; 0: none.")
+@click.option("--peer", "peer_names", type=click.Choice(list(peers.PEERS)), multiple=True, help="Time this on the same GPU, too, afterwards.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Result file to write.")
 @click.option("--timeline", type=click.Path(path_type=Path), help="PNG of what the streams do.")
 @json_option
 def bench(
-    bundle: Path, frames: int, clips: int, seed: int, operations: int, endurance: int, out: Path | None, timeline: Path | None, as_json: bool
+    bundle: Path, frames: int, clips: int, seed: int, operations: int, endurance: int, peer_names: tuple[str, ...], out: Path | None,
+    timeline: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Time a CUDA bundle on this machine's GPU, stage by stage and launch by launch, with random inputs."""
     from sanawm_export.cuda import bench_endurance, bench_rows
@@ -103,6 +106,8 @@ def bench(
     opened = Bundle.open(bundle)
     if opened.manifest.target.engine != "cuda":
         raise UserError(f"{bundle} is for the {opened.manifest.target.engine} engine; build one with --engine cuda")
+    for name in peer_names:
+        peers.folder(name)
     engine = CudaEngine(opened)
     try:
         gpu = cost.GPUS.get(opened.manifest.target.name)
@@ -121,19 +126,27 @@ def bench(
         del timed.clip
     finally:
         engine.close()
-    if out is not None:
-        bench_rows.write(out, document)
     if timeline is not None and timed.times.spans:
         draw(timeline, timed.times.spans, f"{document['hardware']}, {frames} frames, {opened.manifest.precision.recipe}")
+    if out is not None:
+        bench_rows.write(out, document)
+    for name in peer_names:
+        result = peers.run(name, frames)
+        found += result["rows"]
+        document["versions"] |= result["versions"]
+        peers.attach(found)
+        if out is not None:
+            bench_rows.write(out, document)
     if as_json:
         print_json(document)
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("case", "value", "unit", "min", "max", "n", "floor"):
+    for column in ("case", "value", "unit", "min", "max", "n", "floor", "peer"):
         table.add_column(column)
     for row in found:
         numbers = [*(f"{row[key]:.4g}" for key in ("min", "max")), str(row["n"]), "" if row["floor"] is None else f"{row['floor']:.4g}"]
-        table.add_row(row["case"], f"{row['value']:.4g}", row["unit"], *numbers)
+        peer = "" if row["peer"] is None else f"{row['peer']}: {row['peer_value']:.4g}"
+        table.add_row(row["case"], f"{row['value']:.4g}", row["unit"], *numbers, peer)
     stdout.print(table)
 
 

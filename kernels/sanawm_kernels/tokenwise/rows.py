@@ -55,7 +55,7 @@ def _total(a, b, LANES: tl.constexpr):
 
 @triton.jit
 def _largest(a, b, LANES: tl.constexpr):
-    """Largest magnitude of both tiles. Magnitudes are compared over threads as integers, for which a warp has an instruction; NaN is the largest."""
+    """Largest magnitude of both tiles. Over threads magnitudes are compared as integers, for which a warp has an instruction."""
     a, b = tl.abs(a), tl.abs(b)
     if min(a.shape[0], b.shape[0]) >= LANES:
         mine = tl.maximum(tl.max(_each(a, LANES), 1), tl.max(_each(b, LANES), 1))

@@ -113,7 +113,7 @@ def load(root: Path) -> Modules:
     return Modules(*(importlib.import_module(name) for name in names))
 
 
-def build(modules: Modules, device: str, dtype: torch.dtype, **sizes: Any) -> nn.Module:
+def build(modules: Modules, device: str, dtype: torch.dtype, **sizes: Any) -> Any:
     """The transformer with random weights, none of them zero; `sizes` replace fields of its configuration."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -135,7 +135,7 @@ def build(modules: Modules, device: str, dtype: torch.dtype, **sizes: Any) -> nn
 class Peer:
     """A clip of random latents, text and camera, chunk after chunk."""
 
-    def __init__(self, modules: Modules, model: nn.Module, chunks: int, grid: tuple[int, int], device: str, dtype: torch.dtype) -> None:
+    def __init__(self, modules: Modules, model: Any, chunks: int, grid: tuple[int, int], device: str, dtype: torch.dtype) -> None:
         """grid: rows and columns of a latent frame. The first chunk has one frame more than the others, as in clips of 24k + 1 frames."""
         self._sampler, self.model, self._device = modules.sampler.SanaWMSelfForcingSampler, model, device
         self._slots, blocks = modules.dit._NUM_STREAM_CACHE_SLOTS, len(model.blocks)

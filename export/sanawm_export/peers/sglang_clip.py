@@ -1,10 +1,10 @@
 """Streaming denoising of the full-size model by sglang, eager and with torch.compile: the peer of engine.denoise.
 
-    python benchmarks/engine_peers.py FOLDER -o peers.json
+    python -m sanawm_export.peers.sglang_clip FOLDER -o peers.json
 
-FOLDER holds the package `sglang` (0.5.23) as its wheel has it; needs diffusers and msgspec. Weights and inputs are random. Chunk times are taken
-by the device's clock from the end of a chunk to the end of the next, without waiting between chunks. Compilation, of steady chunks alone, takes
-minutes; what was measured before is written first.
+FOLDER holds the package `sglang` as its wheel has it. Weights and inputs are random. Chunk times are taken by the device's clock from the end of a
+chunk to the end of the next, without waiting between chunks. Compilation, of steady chunks alone, takes minutes; what was measured before is written
+first.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import peer_sglang_dit  # beside this file
 import torch
 
 from sanawm.config import WorldConfig
 from sanawm.schedule import chunk_grid, latent_frames
 from sanawm_export.cuda.bench_rows import commit, row, versions, write
+from sanawm_export.peers import PEERS, sglang_model
 from sanawm_runtime.bundle.manifest import utc_now
 
-VERSION = "0.5.23"
+VERSION = PEERS["sglang"].version
 VARIANTS = ("sglang", "sglang-compiled")
 # The chunks before the first that is measured: the first, the second, and a steady one that finds compiled code and verified kernels.
 WARM = 3
@@ -53,7 +53,7 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 for a, b in zip(self._marks, self._marks[1:])]
 
 
-def measure(peer: peer_sglang_dit.Peer, chunks: int, device: str, compiled: bool) -> list[float]:
+def measure(peer: sglang_model.Peer, chunks: int, device: str, compiled: bool) -> list[float]:
     """Seconds of each of `chunks` steady chunks."""
     for index in range(WARM):
         if compiled and index == 2:
@@ -73,7 +73,8 @@ def rows(variant: str, seconds: list[float], frames: int, chunks: int) -> list[d
     """A row for a chunk and one for a clip of `frames` frames, which has `chunks` chunks."""
     how = "eager" if variant == "sglang" else "torch.compile of each block's streaming forward, default mode"
     what = f"sglang {VERSION} streaming, {how}: five forwards of a steady chunk, random weights, Euler steps by this project"
-    clip = row(f"peer.{variant}.denoise.{frames}f.bf16", "device", [chunks * s for s in seconds], None, f"{chunks} times the median steady chunk; {what}")
+    whole = [chunks * s for s in seconds]
+    clip = row(f"peer.{variant}.denoise.{frames}f.bf16", "device", whole, None, f"{chunks} times the median steady chunk; {what}")
     return [row(f"peer.{variant}.chunk.bf16", "device", seconds, None, what), clip | {"peer_of": f"engine.denoise.{frames}f.bf16"}]
 
 
@@ -88,14 +89,14 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # type: ignore[attr-defined]
     world = WorldConfig()
     chunks = len(chunk_grid(latent_frames(options.frames), world.stream.chunk_frames))
-    modules = peer_sglang_dit.load(options.folder)
-    model = peer_sglang_dit.build(modules, "cuda", torch.bfloat16)
+    modules = sglang_model.load(options.folder)
+    model = sglang_model.build(modules, "cuda", torch.bfloat16)
     found: list[dict[str, Any]] = []
     # Blocks stay compiled, so the eager variant comes first.
     for variant in sorted(options.variant or VARIANTS, key=VARIANTS.index):
         begin = time.perf_counter()
         grid = (world.dit.height, world.dit.width)
-        peer = peer_sglang_dit.Peer(modules, model, WARM + options.chunks, grid, "cuda", torch.bfloat16)
+        peer = sglang_model.Peer(modules, model, WARM + options.chunks, grid, "cuda", torch.bfloat16)
         seconds = measure(peer, options.chunks, "cuda", variant == "sglang-compiled")
         print(f"{variant}: {' '.join(f'{s * 1e3:.0f}' for s in seconds)} ms a chunk, {time.perf_counter() - begin:.0f} s in all", flush=True)
         if seconds:
