@@ -103,7 +103,7 @@ class Stage:
         self._memory: dict[str, int] = {}
         addresses = {name: self._place(name) for name, b in plan.buffers.items() if b.role in ("input", "output")}
         weights = {name.removeprefix(WEIGHT_PREFIX): self._place(name) for name, b in plan.buffers.items() if b.role == "weight"}
-        self._arena = device.allocate(plan.arena)
+        self._arena = device.allocate(plan.arena, "scratch memory")
         self.bound = BoundProgram(device, plan, kernels, addresses, weights, self._arena)
         device.call("cuCtxSynchronize")
 
@@ -111,7 +111,7 @@ class Stage:
         owner = self._aliases(name)
         if owner not in self._memory:
             buffer = self.plan.buffers[owner]
-            self._memory[owner] = self._device.allocate(buffer.nbytes)
+            self._memory[owner] = self._device.allocate(buffer.nbytes, owner)
             if buffer.role != "output":
                 self._send(self._memory[owner], self._values(buffer))
         return self._memory[owner]

@@ -36,11 +36,13 @@ from sanawm_runtime.signals import orderly_termination
     help="Public key that must have signed BUNDLE; with several, one of them.",
 )  # fmt: skip
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps encoded prompts between runs.")
+@click.option("--free-encoders", is_flag=True, help="Give back the encoders' memory once they have run.")
 @json_option
 def run(
     bundle: Path, image: str, prompt: str | None, prompt_file: Path | None, camera: str | None, action: str | None, intrinsics: str | None,
     fov: float | None, frames: int | None, seed: int, outputs: tuple[str, ...], codec: str, timing: Path | None, pictures: bool,
-    threads: int | None, at_end: Literal["stop", "continue"], trusted: tuple[Path, ...], cache: Path | None, as_json: bool,
+    threads: int | None, at_end: Literal["stop", "continue"], trusted: tuple[Path, ...], cache: Path | None,
+    free_encoders: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Stream a clip from BUNDLE, chunk by chunk; an mp4 can be watched while it grows."""
     from sanawm_runtime.clip import ClipRequest, generate_clip, write_json, write_pictures
@@ -48,7 +50,7 @@ def run(
 
     request = ClipRequest(image, _prompt(prompt, prompt_file), camera, action, intrinsics, fov, frames, seed, codec, at_end)
     begin = time.perf_counter()
-    opened_world = World.open(bundle, threads=threads, trusted_keys=trusted or None, cache=cache)
+    opened_world = World.open(bundle, threads=threads, trusted_keys=trusted or None, free_encoders=free_encoders, cache=cache)
     with orderly_termination(), opened_world as world, progress() as bar:
         task = bar.add_task("starting", total=None)
 

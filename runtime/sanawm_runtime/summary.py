@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -9,12 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from sanawm_runtime.bundle import Bundle, Manifest
+from sanawm_runtime.memory import device_memory, size_text
 
 
 def bundle_summary(bundle: Bundle) -> dict[str, Any]:
     """The manifest's essentials as plain data: identity, target, precision, programs with their I/O, sizes, versions, what is unverified."""
     m = bundle.manifest
     config = m.config
+    memory = device_memory(bundle)
     return {
         "path": str(bundle.root),
         "digest": bundle.digest,
@@ -34,6 +38,7 @@ def bundle_summary(bundle: Bundle) -> dict[str, Any]:
         },
         "files": {name: entry.size for name, entry in m.files.items()},
         "bytes": m.total_bytes(),
+        "device_memory": None if memory is None else {**asdict(memory), "whole": memory.whole, "streaming": memory.streaming},
         "versions": m.versions,
         "checkpoint": {"source": m.checkpoint.source, "kind": m.checkpoint.kind, "revision": m.checkpoint.revision, "sha256": m.checkpoint.sha256},
         "calibration": m.calibration,
@@ -56,7 +61,8 @@ def render_bundle(bundle: Bundle) -> RenderableType:
         ("precision", _precision(m)),
         ("calibration", _calibration(m)),
         ("parity", _parity(m)),
-        ("size", f"{_size(m.total_bytes())} in {len(m.files)} files"),
+        ("size", f"{size_text(m.total_bytes())} in {len(m.files)} files"),
+        *_memory(bundle),
         ("checkpoint", m.checkpoint.source + (f" at {m.checkpoint.revision}" if m.checkpoint.revision else "")),
         ("built", f"{m.created} with " + ", ".join(f"{k} {v}" for k, v in m.versions.items())),
         ("digest", bundle.digest[:16]),
@@ -69,6 +75,13 @@ def render_bundle(bundle: Bundle) -> RenderableType:
         parts.append(kernels)
     parts += [Text(f"unverified: {sentence}", style="yellow") for sentence in m.unverified]
     return Group(*parts)
+
+
+def _memory(bundle: Bundle) -> Iterator[tuple[str, str]]:
+    memory = device_memory(bundle)
+    if memory is not None:
+        shown = f"{size_text(memory.whole)} ({memory}); {size_text(memory.streaming)} with --free-encoders; the driver's own comes on top"
+        yield "device memory", shown
 
 
 def _counts(counts: Any) -> str:
@@ -99,7 +112,7 @@ def _parity(m: Manifest) -> str:
 def _programs(m: Manifest) -> Table:
     table = Table("program", "inputs", "outputs", "products", "file", "size")
     for name, p in m.programs.items():
-        table.add_row(name, str(len(p.inputs)), str(len(p.outputs)), _counts(p.extras.get("precision")), p.file, _size(m.files[p.file].size))
+        table.add_row(name, str(len(p.inputs)), str(len(p.outputs)), _counts(p.extras.get("precision")), p.file, size_text(m.files[p.file].size))
     return table
 
 
@@ -112,12 +125,5 @@ def _kernels(m: Manifest) -> Table:
         for row in rows if isinstance(rows, list) else []:
             seen.setdefault(row["name"], row)
     for name, row in seen.items():
-        table.add_row(name, row["capability"], str(row["registers"]), _size(row["shared"]))
+        table.add_row(name, row["capability"], str(row["registers"]), size_text(row["shared"]))
     return table
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"

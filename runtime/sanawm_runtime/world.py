@@ -32,7 +32,8 @@ from sanawm_runtime.cache import Cache
 from sanawm_runtime.device import device_capability
 from sanawm_runtime.engines import open_engine
 from sanawm_runtime.engines.base import Buffer
-from sanawm_runtime.errors import BundleError, StreamClosed
+from sanawm_runtime.errors import BundleError, EngineError, StreamClosed
+from sanawm_runtime.memory import ENCODERS, device_memory, size_text
 from sanawm_runtime.prompts import Prompts
 from sanawm_runtime.rollout import Progress
 from sanawm_runtime.stream import AtEnd, Stream
@@ -84,6 +85,7 @@ class World:
         self.geometry = Geometry(self.config, self._tokenizer.max_length, latents.shape[2], latents.dtype)
         self.programs = programs(self.geometry)
         self._check_signatures()
+        self._check_room(free_encoders)
         self._prompts = Prompts(self, cache, free_encoders)
 
     @classmethod
@@ -123,14 +125,22 @@ class World:
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Load every program now instead of when it is first needed. `progress` gets a program's name, its number from 1, and how many.
 
-        An engine that records graphs also makes a few chunks of a stream that nobody sees: the next stream takes over its memory and graphs.
+        An engine that records graphs also makes a few chunks of a stream that nobody sees: the next stream takes over its memory and graphs. With
+        free_encoders that comes first, so that the encoders run while the device is empty.
         """
-        for number, name in enumerate(self.programs, start=1):
+        if self._free_encoders:
+            self._record()
+        names = [name for name in self.programs if not (self._free_encoders and name in ENCODERS)]
+        for number, name in enumerate(names, start=1):
             if progress:
-                progress(name, number, len(self.programs))
+                progress(name, number, len(names))
             with self.turns.take():
                 self.engine.activate()
                 self.engine.load(name)
+        if not self._free_encoders:
+            self._record()
+
+    def _record(self) -> None:
         if self.engine.whole_chunks:
             with self.start(np.zeros((*self.image_size, 3), np.uint8), "") as stream:
                 for _ in stream.play("", chunks=RECORDED_CHUNKS):
@@ -231,6 +241,20 @@ class World:
         except Exception as error:  # the tokenizer library raises nothing more specific
             raise BundleError(f"bundle {self.bundle.root}: its tokenizer cannot be used ({error}); rebuild it") from error
         return PromptTokenizer(tokenizer, chi, self.config.dit.text_tokens)
+
+    def _check_room(self, free_encoders: bool) -> None:
+        """Refuse what will not fit before size_text of it have been read."""
+        needed, free = device_memory(self.bundle), self.engine.free_bytes()
+        if needed is None or free is None:
+            return
+        wanted = needed.streaming if free_encoders else needed.whole
+        if free >= wanted:
+            return
+        less = f"open it with free_encoders (--free-encoders), which needs {size_text(needed.streaming)}, or "
+        raise EngineError(
+            f"{self.bundle.root} needs {size_text(wanted)} of device memory ({needed}), found {size_text(free)} free; "
+            f"{less if needed.streaming <= free else ''}close other programs"
+        )
 
     def _check_signatures(self) -> None:
         for name, program in self.programs.items():

@@ -25,6 +25,7 @@ import engine_numerics
 import engine_short
 
 from sanawm.config import preset, tiny_config
+from sanawm.errors import BundleError, EngineError
 from sanawm.programs import TensorSpec
 from sanawm_export.build import BuildRequest
 from sanawm_export.cuda import bench_endurance, build
@@ -38,7 +39,9 @@ from sanawm_runtime import world as worlds
 from sanawm_runtime.engines._cuda_device import Gpu
 from sanawm_runtime.engines._cuda_plan import Launch, Plan
 from sanawm_runtime.engines._cuda_weights import contents, read_table
-from sanawm_runtime.engines.cuda import CudaEngine
+from sanawm_runtime.engines.cuda import ROW_BYTES, ROW_TABLES, CudaEngine
+from sanawm_runtime.memory import device_memory
+from sanawm_runtime.summary import bundle_summary
 from sanawm_runtime.targets import resolve_target
 
 PROMPT = "a stone house at a lake"
@@ -166,6 +169,56 @@ def test_only_bundles_of_one_synthetic_checkpoint_are_compared(bundle: Any) -> N
     other = replace(bundle.manifest, checkpoint=replace(bundle.manifest.checkpoint, source="synthetic:tiny:2"))
     with pytest.raises(SystemExit, match="synthetic:tiny:1, synthetic:tiny:2"):
         engine_numerics.common_seed([bundle, SimpleNamespace(manifest=other)])  # type: ignore[list-item]
+
+
+def test_memory_is_known_before_anything_is_loaded(bundle: Any, driver: cuda_fake.FakeDriver) -> None:
+    """What inspect says is what the engine has asked for once everything is resident, but for what passes through the encoders."""
+    needed = device_memory(bundle)
+    assert needed is not None and set(needed.weights) == {"transformer", "decoder", "text encoder", "image encoder"}
+    with worlds.World.open(bundle.root) as world:
+        picture = np.zeros((*world.image_size, 3), np.uint8)
+        passing = [spec for name in ("text_encoder", "image_encoder") for spec in (*world.programs[name].inputs, *world.programs[name].outputs)]
+        most = sum(spec.nbytes for spec in passing) + ROW_BYTES * ROW_TABLES
+        engine: Any = world.engine
+        with world.start(picture, PROMPT) as stream:
+            for _ in stream.play("w", 3):
+                pass
+            assert needed.whole <= engine.device.held_bytes <= needed.whole + most
+            world.engine.unload("text_encoder")
+            world.engine.unload("image_encoder")
+            assert needed.streaming <= engine.device.held_bytes <= needed.streaming + most
+    assert bundle_summary(bundle)["device_memory"]["whole"] == needed.whole
+
+
+@pytest.mark.parametrize(
+    ("program", "change", "message"),
+    [
+        ("denoise_steady", {"extras": {"arena": "1"}}, "denoise_steady: the manifest gives no size of its scratch memory"),
+        ("text_encoder", {"inputs": ()}, "program text_encoder has other inputs"),
+    ],
+)
+def test_memory_of_a_manifest_that_is_not_ours(bundle: Any, program: str, change: dict[str, Any], message: str) -> None:
+    programs = bundle.manifest.programs
+    changed = {**programs, program: replace(programs[program], **change)}
+    other: Any = SimpleNamespace(root="b", read=bundle.read, manifest=replace(bundle.manifest, programs=changed))
+    with pytest.raises(BundleError, match=message):
+        device_memory(other)
+
+
+def test_a_bundle_that_does_not_fit_is_refused_before_it_is_read(bundle: Any, driver: cuda_fake.FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = device_memory(bundle)
+    assert needed is not None and needed.streaming < needed.whole
+    free = needed.whole - 1
+    monkeypatch.setattr(driver, "cuMemGetInfo", lambda: (0, free, needed.whole), raising=False)
+    with pytest.raises(EngineError, match=r"needs .* of device memory \(.*text encoder .*\), found .* free; open it with free_encoders .* or close other"):
+        worlds.World.open(bundle.root)
+    assert not driver.launches and "cuMemAlloc" not in driver.calls
+    with worlds.World.open(bundle.root, free_encoders=True) as world:
+        world.warm_up()
+        assert not {"text_encoder", "image_encoder"} & world.engine._programs.keys()  # type: ignore[attr-defined]
+    free = needed.streaming - 1
+    with pytest.raises(EngineError, match=r"free; close other programs$"):
+        worlds.World.open(bundle.root, free_encoders=True)
 
 
 def test_a_short_run_refuses_frames_that_nobody_made(bundle: Any, driver: cuda_fake.FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,12 +37,12 @@ def check(device: Device, compiler: KernelCompiler, problem: Problem) -> dict[st
     inputs = []
     for tensor in operands.values():
         stored = (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        inputs.append(device.allocate(stored.nbytes))
+        inputs.append(device.allocate(stored.nbytes, "an input"))
         device.copy_in(inputs[-1], stored)
-    outputs = [device.allocate(o.nbytes) for o in launches.outputs]
+    outputs = [device.allocate(o.nbytes, "an output") for o in launches.outputs]
     for address, operand in zip(outputs, launches.outputs, strict=True):
         device.copy_in(address, np.full(operand.nbytes, 0xFF, np.uint8))  # NaN in every format
-    workspace = device.allocate(launches.workspace)
+    workspace = device.allocate(launches.workspace, "scratch memory")
     plugin = make_plugin(open_library("tensorrt_rtx"), launches)
     plugin.enqueue([], [], inputs, outputs, workspace, int(device.stream))
     wanted = definition(problem, {name: t.double() for name, t in operands.items()})

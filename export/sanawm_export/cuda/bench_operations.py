@@ -85,7 +85,7 @@ def operations(plan: Plan, times: list[list[float]], gpu: Gpu, softmax: frozense
 def copy_bandwidth(device: Device, runs: int = 20) -> float:
     """Bytes a second of a large copy on the device, read and write counted."""
     stream = device.stream
-    source, target = (device.allocate(COPY_BYTES) for _ in range(2))
+    source, target = (device.allocate(COPY_BYTES, "a copy") for _ in range(2))
     try:
         device.call("cuMemsetD8Async", source, 77, COPY_BYTES, stream)
         seconds = []

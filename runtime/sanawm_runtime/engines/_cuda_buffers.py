@@ -42,10 +42,10 @@ class Memory:
             return heapq.heappop(kept)
         self._made += 1
         try:
-            address = self.device.allocate(spec.nbytes)
+            address = self.device.allocate(spec.nbytes, spec.name)
         except EngineError:
             self.release()
-            address = self.device.allocate(spec.nbytes)
+            address = self.device.allocate(spec.nbytes, spec.name)
         return self._made, address, None, {}
 
     def give(self, spec: TensorSpec, piece: _Piece) -> None:

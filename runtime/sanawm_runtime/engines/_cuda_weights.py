@@ -122,10 +122,10 @@ def safetensors_places(view: memoryview, what: str) -> dict[str, tuple[int, int]
     return places
 
 
-def upload(device: Gpu, stream: object, table: WeightTable, bundle: Bundle) -> tuple[int, Mapping[str, int]]:
-    """Bring a part's weights to the device: (address of the block, to be freed by the caller; address of each tensor)."""
+def upload(device: Gpu, stream: object, table: WeightTable, bundle: Bundle, what: str) -> tuple[int, Mapping[str, int]]:
+    """Bring the weights of a part called `what` to the device: (address of the block, to be freed by the caller; address of each tensor)."""
     offsets, total = table.offsets()
-    block = device.allocate(total)
+    block = device.allocate(total, f"the weights in {what}")
     stages: list[tuple[NDArray[np.uint8], Event | None]] = [(device.pinned(STAGE_BYTES), None) for _ in range(2)]
     turn = 0
     try:

@@ -86,13 +86,16 @@ class Device:
         code, free, total = self.driver.cuMemGetInfo()
         return int(total) - int(free) if code == self.driver.CUresult.CUDA_SUCCESS else 0
 
-    def allocate(self, nbytes: int) -> int:
-        """Address of new device memory. Raises EngineError when there is not enough."""
+    def allocate(self, nbytes: int, what: str) -> int:
+        """Address of new device memory; `what` says for what. Raises EngineError when there is not enough."""
         code, address = self.driver.cuMemAlloc(max(nbytes, 1))
         if code != self.driver.CUresult.CUDA_SUCCESS:
             free = self.free_bytes() / 2**30
             wanted = nbytes / 2**30
-            raise EngineError(f"the GPU has no room for {wanted:.2f} GiB more ({free:.2f} GiB free); close other programs or free the encoders")
+            raise EngineError(
+                f"the GPU has no room for {wanted:.2f} GiB more ({free:.2f} GiB free), wanted for {what}; close other programs, or give back the "
+                "encoders' memory after a start (free_encoders, --free-encoders)"
+            )
         self._memory[int(address)] = nbytes
         self.allocations += 1
         self.held_bytes += nbytes

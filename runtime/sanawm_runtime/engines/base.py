@@ -50,6 +50,10 @@ class Engine(ABC):
         """Called at the start of a turn in the thread that makes its calls, for engines that keep state of a thread (a CUDA context)."""
         return
 
+    def free_bytes(self) -> int | None:
+        """Memory that the device has left, where it has its own."""
+        return None
+
     @abstractmethod
     def allocate(self, spec: TensorSpec) -> Buffer:
         """A buffer with undefined content."""

@@ -90,6 +90,9 @@ class CudaEngine(Engine):
     def activate(self) -> None:
         self._device.activate()
 
+    def free_bytes(self) -> int:
+        return self._device.free_bytes()
+
     @property
     def device(self) -> Gpu:
         """The GPU, for its name and driver."""
@@ -198,7 +201,7 @@ class CudaEngine(Engine):
         weights = str(entry.extras.get("weights", ""))
         if weights not in self._parts:
             table = read_table(self._bundle.read(weights), weights)
-            block, addresses = upload(self._device, self._streams["copy"], table, self._bundle)
+            block, addresses = upload(self._device, self._streams["copy"], table, self._bundle, weights)
             self._parts[weights] = _Part(block, addresses, set())
         for name in plan.kernels():
             self._kernel(str(entry.extras.get("kernels", "")), name)
@@ -311,7 +314,7 @@ class CudaEngine(Engine):
         if key not in self._rows:
             place = len(self._rows) % ROW_TABLES
             if not place:
-                self._row_blocks.append(self._device.allocate(ROW_BYTES * ROW_TABLES))
+                self._row_blocks.append(self._device.allocate(ROW_BYTES * ROW_TABLES, "timesteps"))
             self._rows[key] = self._row_blocks[-1] + place * ROW_BYTES
             host, stream = self._outward.take(len(key)), self._streams["copy"]
             host[: len(key)] = np.frombuffer(key, np.uint8)
@@ -323,7 +326,7 @@ class CudaEngine(Engine):
     def _bind(self, loaded: _Program, bound: Mapping[str, CudaBuffer], scalars: Mapping[str, int | float]) -> BoundProgram:
         name = _stream_of(loaded.part)
         if name not in self._arenas:
-            self._arenas[name] = self._device.allocate(self._arena_bytes[name])
+            self._arenas[name] = self._device.allocate(self._arena_bytes[name], "scratch memory of programs")
         addresses = {key: buffer.address for key, buffer in bound.items()}
         kernels, weights = self._functions.__getitem__, self._parts[loaded.part].addresses
         return BoundProgram(self._device, loaded.plan, kernels, addresses, weights, self._arenas[name], scalars)

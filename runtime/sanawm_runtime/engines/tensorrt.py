@@ -33,7 +33,7 @@ class DeviceBuffer(Buffer):
 
     def __init__(self, spec: TensorSpec, device: Device) -> None:
         super().__init__(spec)
-        self.address = device.allocate(spec.nbytes)
+        self.address = device.allocate(spec.nbytes, spec.name)
         self._finalizer = weakref.finalize(self, device.free, self.address)
 
 
@@ -143,7 +143,7 @@ class TensorRTEngine(Engine):
             self._device.free(address)
             self._memory = (0, 0)
             size = compiled.memory
-            address = self._device.allocate(size)
+            address = self._device.allocate(size, "scratch memory of programs")
             self._memory = (address, size)
             for other in self._programs.values():
                 other.use_memory(address, size)

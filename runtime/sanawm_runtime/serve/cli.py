@@ -39,12 +39,13 @@ _ORIGIN = re.compile(r"https?://[^/\s]+", re.IGNORECASE)
     help="Public key that must have signed BUNDLE; with several, one of them.",
 )  # fmt: skip
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder that keeps encoded prompts between runs.")
+@click.option("--free-encoders", is_flag=True, help="Give back the encoders' memory after each start.")
 @click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Logs as JSON lines, and one JSON line on stdout when ready.")
 def serve(
     bundle: Path, host: str, port: int, token: str | None, origins: tuple[str, ...], names: tuple[str, ...], certificate: Path | None,
     certificate_key: Path | None, sessions: int, max_image_mb: float, max_prompt: int, linger: float, threads: int | None,
-    trusted: tuple[Path, ...], cache: Path | None, log_level: str, as_json: bool,
+    trusted: tuple[Path, ...], cache: Path | None, free_encoders: bool, log_level: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Open a page on which people steer worlds from BUNDLE, live.
 
@@ -73,7 +74,11 @@ def serve(
     if not local and certificate is None:
         _log.warning("no_tls", extra={"note": "the token and the pictures can be read on the way; use --certificate or a tunnel"})
     listening = listen(host, port)
-    with listening, World.open(bundle, threads=threads, trusted_keys=trusted or None, cache=cache) as world, progress() as bar:
+    with (
+        listening,
+        World.open(bundle, threads=threads, trusted_keys=trusted or None, free_encoders=free_encoders, cache=cache) as world,
+        progress() as bar,
+    ):
         task = bar.add_task("loading", total=None)
         world.warm_up(lambda name, number, total: bar.update(task, description=f"loading {name}", completed=number, total=total))
         bar.stop()
