@@ -39,8 +39,8 @@ ROUND_PAIR = tl.constexpr("""{
 def rounded(x, KIND: tl.constexpr):
     """float32 x rounded to the numbers of a dtype, in float32.
 
-    To bfloat16 two at once: of `x.to(KIND).to(tl.float32)` the compiler makes conversions of single elements, which a multiprocessor has sixteen
-    lanes for.
+    To bfloat16 two at once: of `x.to(KIND).to(tl.float32)` the compiler makes conversions of single elements, each an instruction of the unit for
+    conversions and roots.
     """
     if tl.bfloat16 == KIND:
         return tl.inline_asm_elementwise(ROUND_PAIR, "=f,=f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2)
