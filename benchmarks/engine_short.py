@@ -131,15 +131,11 @@ def sorted_hazards(found: Iterable[Hazard], kernels: Iterable[Mapping[str, Any]]
     places: dict[str, set[int]] = defaultdict(set)
     for kernel in kernels:
         places[kernel["entry"]].update(handover(kernel))
-    stores: dict[str, set[int]] = defaultdict(set)
-    for hazard in found:
-        if hazard.roles:
-            stores[hazard.entry].add(hazard.wrote)
+    stores = sorted({(hazard.entry, hazard.wrote) for hazard in found if hazard.roles})
     handed = {(hazard.entry, hazard.wrote) for hazard in found if hazard.roles and hazard.place in places[hazard.entry]}
-    for entry, wrote in stores.items():
-        for before, at in [*pairwise(sorted(wrote)), *pairwise(sorted(wrote, reverse=True))]:
-            if (entry, before) in handed and abs(at - before) <= BETWEEN:
-                handed.add((entry, at))
+    for before, store in [*pairwise(stores), *pairwise(reversed(stores))]:
+        if before in handed and store[0] == before[0] and abs(store[1] - before[1]) <= BETWEEN:
+            handed.add(store)
     compilers: Counter[str] = Counter()
     others: Counter[str] = Counter()
     for hazard in found:

@@ -2,8 +2,8 @@
 
     python benchmarks/merge_results.py -o benchmarks/results/h200-engine.json engine-bf16.json engine-fp8.json peers.json numerics.json
 
-Rows are put one after the other. A row with `peer_of` names the case that it is a peer of, in whichever file; that case gets the fastest of its peers. What a file
-holds beside its rows is kept under `details` by the file's name.
+Rows are put one after the other. A row with `peer_of` names the case that it is a peer of, in whichever file; that case gets the fastest of
+its peers. What a file holds beside its rows is kept under `details` by the file's name.
 """
 
 from __future__ import annotations

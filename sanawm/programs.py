@@ -93,6 +93,8 @@ def _block_state(config: DiTConfig, block: int, frames: int, dtype: str) -> Iter
     yield "ffn_tail", dtype, (1, S, C), "last frame of the FFN's spatial output"
 
 
+# Programs that only a start needs.
+ENCODERS = ("text_encoder", "image_encoder")
 ATTENTION_FIELDS = ("k", "v", "cam_k", "cam_v")
 
 

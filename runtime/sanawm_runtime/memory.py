@@ -8,14 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from sanawm.errors import BundleError
-from sanawm.programs import Geometry, TensorSpec, programs
+from sanawm.programs import ENCODERS, Geometry, TensorSpec, programs
 from sanawm_runtime.bundle import Bundle
 from sanawm_runtime.bundle.manifest import TensorEntry
+from sanawm_runtime.engines._cuda_plan import largest_arenas
 from sanawm_runtime.engines._cuda_weights import read_table
 from sanawm_runtime.engines.base import Buffer
 from sanawm_runtime.rollout import Rollout
 
-ENCODERS = ("text_encoder", "image_encoder")
 _NEEDED = (*ENCODERS, "denoise_first", "prompt_kv", "decode")
 _NAMES = {"dit": "transformer", "vae": "decoder", "text": "text encoder", "image": "image encoder"}
 
@@ -70,25 +70,19 @@ def size_text(count: int) -> str:
 def device_memory(bundle: Bundle) -> DeviceMemory | None:
     """What the bundle's engine will ask the device for; None for other engines, and for bundles that lack a program of a stream.
 
-    Raises BundleError for tables that cannot be read.
+    Raises BundleError for a manifest or tables that cannot be read.
     """
     manifest = bundle.manifest
     if manifest.target.engine != "cuda" or any(name not in manifest.programs for name in _NEEDED):
         return None
+    scratch = sum(largest_arenas(manifest.programs).values())
     users: dict[str, set[str]] = {}
-    arenas: dict[str, int] = {}
     for name, entry in manifest.programs.items():
-        table, arena = str(entry.extras.get("weights", "")), entry.extras.get("arena")
-        if type(arena) is not int:
-            raise BundleError(f"{name}: the manifest gives no size of its scratch memory; rebuild the bundle")
-        users.setdefault(table, set()).add(name)
-        arenas[table] = max(arenas.get(table, 0), arena)
+        users.setdefault(str(entry.extras.get("weights", "")), set()).add(name)
     names = {table: _name(table) for table in users}
     weights = {names[table]: read_table(bundle.read(table), table).offsets()[1] for table in users}
-    transformer = next(table for table, having in users.items() if "denoise_first" in having)
-    beside = max((size for table, size in arenas.items() if table != transformer), default=0)
     encoders = tuple(names[table] for table, having in users.items() if having <= set(ENCODERS))
-    return DeviceMemory(weights, encoders, arenas[transformer] + beside, _stream(bundle))
+    return DeviceMemory(weights, encoders, scratch, _stream(bundle))
 
 
 def _name(table: str) -> str:

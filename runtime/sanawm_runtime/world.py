@@ -25,7 +25,7 @@ from sanawm.camera import (
 )
 from sanawm.camera.image import CropGeometry
 from sanawm.camera.intrinsics import normalise_intrinsics
-from sanawm.programs import ITEM_SIZES, Geometry, Program, programs
+from sanawm.programs import ENCODERS, ITEM_SIZES, Geometry, Program, programs
 from sanawm.prompt import PromptTokenizer
 from sanawm_runtime.bundle import Bundle, TargetEntry
 from sanawm_runtime.cache import Cache
@@ -33,7 +33,7 @@ from sanawm_runtime.device import device_capability
 from sanawm_runtime.engines import open_engine
 from sanawm_runtime.engines.base import Buffer
 from sanawm_runtime.errors import BundleError, EngineError, StreamClosed
-from sanawm_runtime.memory import ENCODERS, device_memory, size_text
+from sanawm_runtime.memory import device_memory, size_text
 from sanawm_runtime.prompts import Prompts
 from sanawm_runtime.rollout import Progress
 from sanawm_runtime.stream import AtEnd, Stream
@@ -243,7 +243,7 @@ class World:
         return PromptTokenizer(tokenizer, chi, self.config.dit.text_tokens)
 
     def _check_room(self, free_encoders: bool) -> None:
-        """Refuse what will not fit before size_text of it have been read."""
+        """Refuse what will not fit before gigabytes of it have been read."""
         needed, free = device_memory(self.bundle), self.engine.free_bytes()
         if needed is None or free is None:
             return

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sanawm.camera import rope_time
 from sanawm.errors import UserError
-from sanawm.programs import Geometry, Program, TensorSpec, camera_program, programs
+from sanawm.programs import ENCODERS, Geometry, Program, TensorSpec, camera_program, programs
 from sanawm.schedule import Chunk, chunk_grid, latent_frames, step_sizes, timestep_row
 from sanawm_runtime.bundle import Bundle
 from sanawm_runtime.engines._cuda_device import Timestamp
@@ -25,7 +25,6 @@ from sanawm_runtime.engines.base import Pending
 from sanawm_runtime.engines.cuda import CudaBuffer, CudaEngine
 from sanawm_runtime.state import DecoderState, StreamState
 
-ENCODERS = ("text_encoder", "image_encoder")
 # Repetitions of what happens once a clip.
 RUNS = 5
 # Units of a camera's move in a latent frame, and latent frames to its turning point: far away its logits differ by hundreds (`pair.HEADROOM`).

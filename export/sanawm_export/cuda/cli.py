@@ -87,12 +87,12 @@ def plan(
 @click.option("--seed", default=0, show_default=True, help="Seed of the random latents, text and maps.")
 @click.option("--operations", default=10, show_default=True, help="Runs in which every launch is timed; 0: none.")
 @click.option("--endurance", default=0, show_default=True, help="Chunks of a long stream, whose time and memory are watched; 0: none.")
-@click.option("--peer", "peer_names", type=click.Choice(list(peers.PEERS)), multiple=True, help="Time this on the same GPU, too, afterwards.")
+@click.option("--peer", type=click.Choice(list(peers.PEERS)), help="Time this on the same GPU, too, afterwards.")
 @click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="Result file to write.")
 @click.option("--timeline", type=click.Path(path_type=Path), help="PNG of what the streams do.")
 @json_option
 def bench(
-    bundle: Path, frames: int, clips: int, seed: int, operations: int, endurance: int, peer_names: tuple[str, ...], out: Path | None,
+    bundle: Path, frames: int, clips: int, seed: int, operations: int, endurance: int, peer: str | None, out: Path | None,
     timeline: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Time a CUDA bundle on this machine's GPU, stage by stage and launch by launch, with random inputs."""
@@ -106,8 +106,8 @@ def bench(
     opened = Bundle.open(bundle)
     if opened.manifest.target.engine != "cuda":
         raise UserError(f"{bundle} is for the {opened.manifest.target.engine} engine; build one with --engine cuda")
-    for name in peer_names:
-        peers.folder(name)
+    if peer is not None:
+        peers.folder(peer)
     engine = CudaEngine(opened)
     try:
         gpu = cost.GPUS.get(opened.manifest.target.name)
@@ -130,8 +130,8 @@ def bench(
         draw(timeline, timed.times.spans, f"{document['hardware']}, {frames} frames, {opened.manifest.precision.recipe}")
     if out is not None:
         bench_rows.write(out, document)
-    for name in peer_names:
-        result = peers.run(name, frames)
+    if peer is not None:
+        result = peers.run(peer, frames)
         found += result["rows"]
         document["versions"] |= result["versions"]
         peers.attach(found)
@@ -145,8 +145,8 @@ def bench(
         table.add_column(column)
     for row in found:
         numbers = [*(f"{row[key]:.4g}" for key in ("min", "max")), str(row["n"]), "" if row["floor"] is None else f"{row['floor']:.4g}"]
-        peer = "" if row["peer"] is None else f"{row['peer']}: {row['peer_value']:.4g}"
-        table.add_row(row["case"], f"{row['value']:.4g}", row["unit"], *numbers, peer)
+        numbers.append("" if row["peer"] is None else f"{row['peer']}: {row['peer_value']:.4g}")
+        table.add_row(row["case"], f"{row['value']:.4g}", row["unit"], *numbers)
     stdout.print(table)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sanawm.errors import BundleError
+from sanawm_runtime.bundle.manifest import ProgramEntry
 from sanawm_runtime.bundle.strict_json import decode, parse_json
 
 FORMAT = 1
@@ -252,3 +253,20 @@ def _step(entry: Any, views: list[View]) -> Step:
     if bad := [n for n, v in values.items() if not isinstance(v, View) and type(v) not in (int, float)]:
         raise ValueError(f"argument {bad[0]} of {label}")
     return Launch(group, label, kernel, (grid[0], grid[1], grid[2]), values, tuple(writes), flops, unit, tuple(gathered))
+
+
+def stream_of(weights: str) -> str:
+    """Which stream a part's programs run on, by its weight table."""
+    return "transformer" if weights.rpartition("/")[2].startswith("dit") else "other"
+
+
+def largest_arenas(programs: Mapping[str, ProgramEntry]) -> dict[str, int]:
+    """Bytes of scratch memory for each stream: the most that any of its programs needs. Raises BundleError where the manifest does not say."""
+    found: dict[str, int] = {}
+    for name, entry in programs.items():
+        size = entry.extras.get("arena")
+        if type(size) is not int or size < 0:
+            raise BundleError(f"{name}: the manifest gives no size of its scratch memory; rebuild the bundle")
+        stream = stream_of(str(entry.extras.get("weights", "")))
+        found[stream] = max(found.get(stream, 0), size)
+    return found

@@ -23,7 +23,7 @@ from sanawm_runtime.bundle import Bundle
 from sanawm_runtime.engines._cuda_buffers import STORAGE, CudaBuffer, Memory, PendingRead, own
 from sanawm_runtime.engines._cuda_device import Event, Gpu, Timestamp, check_capability
 from sanawm_runtime.engines._cuda_kernels import Kernel, read_index
-from sanawm_runtime.engines._cuda_plan import Plan
+from sanawm_runtime.engines._cuda_plan import Plan, largest_arenas, stream_of
 from sanawm_runtime.engines._cuda_program import BoundProgram, Loaded
 from sanawm_runtime.engines._cuda_staging import Staging
 from sanawm_runtime.engines._cuda_weights import read_table, upload
@@ -63,7 +63,7 @@ class CudaEngine(Engine):
         self._streams = {name: self._device.new_stream() for name in ("transformer", "other", "copy")}
         self._memory = Memory(self._device)
         self._arenas: dict[str, int] = {}
-        self._arena_bytes = self._largest_arenas()
+        self._arena_bytes = largest_arenas(bundle.manifest.programs)
         self._programs: dict[str, _Program] = {}
         self._parts: dict[str, _Part] = {}
         self._indices: dict[str, dict[str, Kernel]] = {}
@@ -75,17 +75,6 @@ class CudaEngine(Engine):
         self._rows: dict[bytes, int] = {}
         self._row_blocks: list[int] = []
         self._closed = False
-
-    def _largest_arenas(self) -> dict[str, int]:
-        """Bytes of scratch memory for each stream: the most that any of its programs needs."""
-        found: dict[str, int] = {}
-        for name, entry in self._bundle.manifest.programs.items():
-            size = entry.extras.get("arena")
-            if type(size) is not int or size < 0:
-                raise EngineError(f"{name}: the manifest gives no size of its scratch memory; rebuild the bundle")
-            stream = _stream_of(str(entry.extras.get("weights", "")))
-            found[stream] = max(found.get(stream, 0), size)
-        return found
 
     def activate(self) -> None:
         self._device.activate()
@@ -100,7 +89,7 @@ class CudaEngine(Engine):
 
     def stream_of(self, program: str) -> str:
         """Name of the stream that a program of the bundle runs on."""
-        return _stream_of(str(self._bundle.manifest.programs[program].extras.get("weights", "")))
+        return stream_of(str(self._bundle.manifest.programs[program].extras.get("weights", "")))
 
     def timestamp(self, stream: str, after: Iterable[Buffer] = ()) -> Timestamp:
         """A point behind all that was enqueued on "transformer", "other" or "copy" so far, and behind what was written to the buffers of `after`."""
@@ -115,7 +104,7 @@ class CudaEngine(Engine):
         self.load(program)
         loaded = self._programs[program]
         bound = {name: self._bound(loaded, name, buffers) for name, b in loaded.plan.buffers.items() if b.role in ("input", "output")}
-        return self._bind(loaded, bound, {}), self._streams[_stream_of(loaded.part)]
+        return self._bind(loaded, bound, {}), self._streams[stream_of(loaded.part)]
 
     def synchronize(self) -> None:
         """Wait until everything that was enqueued is done."""
@@ -227,7 +216,7 @@ class CudaEngine(Engine):
         self._device.call("cuCtxSynchronize")
         for _, graph in found.graphs.values():
             self._device.drop(graph)
-        if _stream_of(found.part) == "transformer":
+        if stream_of(found.part) == "transformer":
             # A chunk's graph holds addresses of the weights of several programs.
             for _, graph in self._chunks.values():
                 self._device.drop(graph)
@@ -251,7 +240,7 @@ class CudaEngine(Engine):
         """Launch the graph of a program for these buffers, recording it the first time."""
         loaded = self._programs[program]
         bound = {name: self._bound(loaded, name, buffers) for name, b in loaded.plan.buffers.items() if b.role in ("input", "output")}
-        stream = self._streams[_stream_of(loaded.part)]
+        stream = self._streams[stream_of(loaded.part)]
         key = (*(bound[name].address for name in sorted(bound)), *sorted(scalars.items()))
         if key not in loaded.graphs:
             steps = self._bind(loaded, bound, scalars)
@@ -324,7 +313,7 @@ class CudaEngine(Engine):
         return self._rows[key]
 
     def _bind(self, loaded: _Program, bound: Mapping[str, CudaBuffer], scalars: Mapping[str, int | float]) -> BoundProgram:
-        name = _stream_of(loaded.part)
+        name = stream_of(loaded.part)
         if name not in self._arenas:
             self._arenas[name] = self._device.allocate(self._arena_bytes[name], "scratch memory of programs")
         addresses = {key: buffer.address for key, buffer in bound.items()}
@@ -357,8 +346,3 @@ class CudaEngine(Engine):
         self._arenas.clear()
         self._closed = True
         self._device.close()
-
-
-def _stream_of(weights: str) -> str:
-    """Which stream a part's programs run on, by its weight table."""
-    return "transformer" if weights.rpartition("/")[2].startswith("dit") else "other"
